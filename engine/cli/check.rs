@@ -1,0 +1,94 @@
+//! `moebius check`: two runners side by side, layer by layer, and a scan for NaN and infinite weights.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use models::check::{LOGIT_ROWS, Tolerance, compare, scan_weights};
+use models::{Capacity, Numerics};
+use serde_json::json;
+
+use super::{ComputeArgs, DEMO, print};
+use crate::error::Error;
+use crate::loaded::Loaded;
+use crate::session::{RunnerKind, SessionOptions};
+use crate::tokenizer::Specials;
+
+/// What is compared unless the user says otherwise.
+const PROMPT: &str = "The quick brown fox jumps over the lazy dog, and 12345 times 678 is not yet known.";
+
+#[derive(Args)]
+pub struct CheckArgs {
+    /// Checkpoint folder, hub id `org/name[@revision]`, or `demo`
+    #[arg(default_value = DEMO)]
+    model: String,
+    /// Text to run
+    #[arg(long, default_value = PROMPT)]
+    prompt: String,
+    /// Largest relative difference (Euclidean norm) that counts as equal [default: 1e-4, or 0.05
+    /// with --numerics model]
+    #[arg(long)]
+    tolerance: Option<f64>,
+    /// Do not read all weights for NaN and infinity
+    #[arg(long)]
+    skip_scan: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+pub fn run(args: &CheckArgs) -> Result<ExitCode, Error> {
+    let loaded = Loaded::open(&args.model)?;
+    let model = &loaded.model;
+    let numerics = match args.compute.numerics {
+        Some(_) => args.compute.options().numerics(),
+        None => Numerics::Reference,
+    };
+    let tested = SessionOptions { numerics: Some(numerics), ..args.compute.options() };
+    let trusted = SessionOptions { runner: RunnerKind::Reference, ..tested.clone() };
+    let pool = tested.pool()?;
+    if !args.skip_scan {
+        let scanned = pool.install(|| scan_weights(model))?;
+        eprintln!("{} tensors hold no NaN and no infinity", scanned.tensors);
+    }
+    let prompt = loaded.tokenizer.encode(&args.prompt, Specials::Plain)?;
+    let blocks = prompt.len().div_ceil(models::batch::PAGE_TOKENS);
+    let capacity = Capacity { blocks, batch_tokens: prompt.len(), logit_rows: LOGIT_ROWS };
+    let (mut trusted, mut tested) = (trusted.runner(model, capacity)?, tested.runner(model, capacity)?);
+    let mut tolerance = Tolerance::REFERENCE;
+    if numerics == Numerics::Model {
+        // A bf16 cache moves values by 2^-9, and now and then a token to another expert.
+        tolerance = Tolerance { relative_l2: 0.05, routing: 0.05 };
+    }
+    tolerance.relative_l2 = args.tolerance.unwrap_or(tolerance.relative_l2);
+    let report = pool.install(|| compare(&mut *trusted, &mut *tested, &prompt, tolerance))?;
+
+    if args.json {
+        let rows: Vec<_> = report
+            .rows
+            .iter()
+            .map(|row| json!({"layer": row.layer, "point": row.point, "relative_l2": row.relative_l2, "max_abs": row.max_abs}))
+            .collect();
+        let first = report.first.as_ref().map(|row| json!({"layer": row.layer, "point": row.point}));
+        let result = json!({"tokens": prompt.len(), "numerics": numerics.as_str(), "first_difference": first, "rows": rows});
+        print(&format!("{result}\n"))?;
+    } else {
+        let mut table = String::from("layer  point            relative   largest\n");
+        for row in &report.rows {
+            let mark = if report.first.as_ref() == Some(row) { "  <- first over tolerance" } else { "" };
+            let (layer, point) = (row.layer, row.point);
+            table.push_str(&format!("{layer:>5}  {point:<15} {:>9.1e} {:>9.1e}{mark}\n", row.relative_l2, row.max_abs));
+        }
+        print(&table)?;
+    }
+    report.verdict()?;
+    eprintln!(
+        "{} and {} agree on {} tokens ({} numerics)",
+        trusted.name(),
+        tested.name(),
+        prompt.len(),
+        numerics.as_str()
+    );
+    Ok(ExitCode::SUCCESS)
+}

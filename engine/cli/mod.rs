@@ -1,0 +1,210 @@
+//! The command line: one file per command. Tokens and results go to stdout, everything else to
+//! stderr. Exit status: 0 done, 1 the run failed, 2 the command line is wrong.
+
+mod chat;
+mod check;
+mod inspect;
+mod interrupt;
+mod progress;
+mod run;
+#[cfg(feature = "server")]
+mod serve;
+mod synth;
+mod trace;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use models::Numerics;
+
+use crate::error::Error;
+use crate::request::{Request, SamplingParams};
+use crate::session::{RunnerKind, SessionOptions};
+
+/// The model a command uses when none is named.
+const DEMO: &str = "demo";
+
+/// Runs open-weight mixture-of-experts models from the files their makers publish.
+#[derive(Parser)]
+#[command(name = "moebius", version, about, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Stream an answer; without PROMPT on a terminal, chat
+    Run(run::RunArgs),
+    /// Serve an OpenAI-compatible HTTP API
+    #[cfg(feature = "server")]
+    Serve(serve::ServeArgs),
+    /// Show what is in the files: architecture, parameters, formats, bytes, KV bytes per token
+    Inspect(inspect::InspectArgs),
+    /// Write logits and routing of given tokens as a safetensors file
+    Trace(trace::TraceArgs),
+    /// Compare two runners layer by layer and name the first that differs
+    Check(check::CheckArgs),
+    /// Write a seeded synthetic checkpoint of a known shape
+    Synth(synth::SynthArgs),
+}
+
+/// How to compute.
+#[derive(Args, Clone)]
+struct ComputeArgs {
+    /// Threads [default: one per core]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// How exact: f32 throughout, or the precision the model was published for [default: model]
+    #[arg(long, value_enum)]
+    numerics: Option<NumericsArg>,
+    /// Implementation
+    #[arg(long, value_enum, default_value = "cpu")]
+    runner: RunnerArg,
+    /// Longest prompt plus output, in tokens [default: what fits, up to 32768]
+    #[arg(long)]
+    context: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum NumericsArg {
+    Reference,
+    Model,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum RunnerArg {
+    Reference,
+    Cpu,
+}
+
+impl From<RunnerArg> for RunnerKind {
+    fn from(runner: RunnerArg) -> Self {
+        match runner {
+            RunnerArg::Reference => Self::Reference,
+            RunnerArg::Cpu => Self::Cpu,
+        }
+    }
+}
+
+impl ComputeArgs {
+    fn options(&self) -> SessionOptions {
+        let numerics = self.numerics.map(|numerics| match numerics {
+            NumericsArg::Reference => Numerics::Reference,
+            NumericsArg::Model => Numerics::Model,
+        });
+        let options = SessionOptions {
+            threads: self.threads.map(usize::from),
+            numerics,
+            runner: self.runner.into(),
+            context: self.context,
+            sequences: 1,
+        };
+        if numerics.is_some_and(|numerics| numerics != options.numerics()) {
+            eprintln!("warning: the reference runner always computes in f32 (--numerics reference)");
+        }
+        options
+    }
+}
+
+/// Choice of tokens; what is not given is as the model's maker recommends.
+#[derive(Args, Clone, Default)]
+struct SamplingArgs {
+    /// 0 = greedy
+    #[arg(long, allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Keep the smallest set of tokens whose probability reaches this
+    #[arg(long, allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Keep the k most likely tokens; 0 = all
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Drop tokens less likely than this share of the most likely one
+    #[arg(long, allow_negative_numbers = true)]
+    min_p: Option<f32>,
+    /// Same seed, same output [default: drawn at random]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Penalty on tokens seen in prompt or output; 1 = off
+    #[arg(long, allow_negative_numbers = true)]
+    repetition_penalty: Option<f32>,
+    /// Penalty on tokens in the output
+    #[arg(long, allow_negative_numbers = true)]
+    presence_penalty: Option<f32>,
+    /// Penalty per occurrence in the output
+    #[arg(long, allow_negative_numbers = true)]
+    frequency_penalty: Option<f32>,
+    /// Most tokens to generate [default: the model's, else what the context leaves]
+    #[arg(long)]
+    max_tokens: Option<usize>,
+    /// Text that ends the answer; may be repeated
+    #[arg(long)]
+    stop: Vec<String>,
+    /// Do not stop at the model's end-of-sequence tokens
+    #[arg(long)]
+    ignore_eos: bool,
+}
+
+impl SamplingArgs {
+    fn apply(&self, request: &mut Request) {
+        self.apply_sampling(&mut request.sampling);
+        request.max_tokens = self.max_tokens.or(request.max_tokens);
+        request.stop.strings.extend(self.stop.iter().cloned());
+        if self.ignore_eos {
+            request.stop.token_ids.clear();
+        }
+    }
+
+    fn apply_sampling(&self, sampling: &mut SamplingParams) {
+        let set = |field: &mut f32, value: Option<f32>| *field = value.unwrap_or(*field);
+        set(&mut sampling.temperature, self.temperature);
+        set(&mut sampling.top_p, self.top_p);
+        set(&mut sampling.min_p, self.min_p);
+        set(&mut sampling.repetition_penalty, self.repetition_penalty);
+        set(&mut sampling.presence_penalty, self.presence_penalty);
+        set(&mut sampling.frequency_penalty, self.frequency_penalty);
+        sampling.top_k = self.top_k.unwrap_or(sampling.top_k);
+        sampling.seed = self.seed.or(sampling.seed);
+    }
+}
+
+/// Parses the command line and runs the command.
+pub fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("MOEBIUS_LOG");
+    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+
+    let result = match Cli::parse().command {
+        None => run::demo(),
+        Some(Command::Run(args)) => run::run(&args),
+        #[cfg(feature = "server")]
+        Some(Command::Serve(args)) => serve::run(&args),
+        Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Trace(args)) => trace::run(&args),
+        Some(Command::Check(args)) => check::run(&args),
+        Some(Command::Synth(args)) => synth::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The command line is wrong in a way the parser cannot see.
+fn usage(message: &str) -> ExitCode {
+    eprintln!("error: {message}");
+    ExitCode::from(2)
+}
+
+/// Writes to stdout; a reader that has gone away ends the output, not the program.
+fn print(text: &str) -> Result<(), Error> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::Io("stdout".into(), error)),
+        _ => Ok(()),
+    }
+}

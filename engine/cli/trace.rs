@@ -1,0 +1,95 @@
+//! `moebius trace`: logits and routing of given tokens, as a safetensors file.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+
+use super::progress::{Progress, Unit};
+use super::{ComputeArgs, print};
+use crate::error::Error;
+use crate::loaded::open_model;
+use crate::trace::{KeepLogits, TraceOptions, Tracer, write};
+
+/// Largest file of token ids.
+const MAX_TOKENS_FILE_BYTES: u64 = 256 << 20;
+
+#[derive(Args)]
+pub struct TraceArgs {
+    /// Checkpoint folder, hub id `org/name[@revision]`, or `demo`
+    model: String,
+    /// JSON file: a list of prompts, each a list of token ids
+    #[arg(long)]
+    tokens: PathBuf,
+    /// Safetensors file to write
+    #[arg(long)]
+    output: PathBuf,
+    /// Also generate this many tokens greedily, ignoring end-of-sequence
+    #[arg(long, default_value_t = 0)]
+    greedy: usize,
+    /// Split prompts into chunks of this many tokens
+    #[arg(long)]
+    chunk: Option<std::num::NonZeroUsize>,
+    /// Which logits to keep
+    #[arg(long, value_enum, default_value = "all")]
+    logits: LogitsArg,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogitsArg {
+    All,
+    Last,
+    None,
+}
+
+pub fn run(args: &TraceArgs) -> Result<ExitCode, Error> {
+    let prompts = read_prompts(&args.tokens)?;
+    let model = open_model(&args.model)?;
+    let options = TraceOptions {
+        greedy: args.greedy,
+        chunk: args.chunk.map(usize::from),
+        logits: match args.logits {
+            LogitsArg::All => KeepLogits::All,
+            LogitsArg::Last => KeepLogits::Last,
+            LogitsArg::None => KeepLogits::None,
+        },
+    };
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let total: usize = prompts.iter().map(Vec::len).sum();
+    let run = args.compute.options();
+    let mut tracer = Tracer::new(&model, &run, options, longest)?;
+    let mut progress = Progress::new("tracing", Unit::Tokens);
+    let (mut traces, mut done) = (Vec::new(), 0);
+    for (index, prompt) in prompts.iter().enumerate() {
+        let trace = tracer.trace(prompt);
+        traces.push(trace.map_err(|error| Error::Unsupported(format!("prompt {index}: {error}")))?);
+        done += prompt.len();
+        progress.set(done as u64, total as u64);
+    }
+    write(&args.output, &traces, model.config.vocab)?;
+    let (path, numerics) = (args.output.display().to_string(), run.numerics().as_str());
+    if args.json {
+        let result = serde_json::json!({"output": path, "prompts": prompts.len(), "tokens": total, "numerics": numerics});
+        print(&format!("{result}\n"))?;
+    }
+    eprintln!("{path}: {} prompts, {total} tokens, {numerics} numerics", prompts.len());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read_prompts(path: &PathBuf) -> Result<Vec<Vec<u32>>, Error> {
+    let io = |error| Error::Io(path.display().to_string(), error);
+    let size = std::fs::metadata(path).map_err(io)?.len();
+    if size > MAX_TOKENS_FILE_BYTES {
+        let message = format!("{}: {size} bytes; the limit is {MAX_TOKENS_FILE_BYTES}", path.display());
+        return Err(Error::Unsupported(message));
+    }
+    let bytes = std::fs::read(path).map_err(io)?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        Error::Unsupported(format!("{}: not a list of lists of token ids: {error}", path.display()))
+    })
+}

@@ -1,0 +1,5 @@
+//! The `moebius` binary; see [`moebius::cli`].
+
+fn main() -> std::process::ExitCode {
+    moebius::cli::main()
+}

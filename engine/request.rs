@@ -1,0 +1,187 @@
+//! What a caller asks of the engine and what it gets back: plain data, no tensors, no HTTP.
+
+use std::fmt;
+
+/// How the next token is chosen from the logits. The neutral value of each field switches it off.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 = greedy (the lowest id of the largest logits).
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 = all.
+    pub top_k: usize,
+    /// Keep the smallest set whose probability reaches this; 1 = all.
+    pub top_p: f32,
+    /// Drop tokens less likely than this share of the most likely one; 0 = none.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or output; 1 = off.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens in the output; 0 = off.
+    pub presence_penalty: f32,
+    /// Subtracted per occurrence in the output; 0 = off.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Same seed, same prompt, same model and numerics: same tokens. `None` = drawn at random.
+    pub seed: Option<u64>,
+}
+
+impl SamplingParams {
+    /// Greedy decoding.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: None,
+        }
+    }
+}
+
+/// When a generation ends before its token limit.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StopRule {
+    /// Ids that end the generation; not part of the text. Empty with `ignore_eos`.
+    pub token_ids: Vec<u32>,
+    /// Texts that end the generation; cut from the text unless `include_in_output`.
+    pub strings: Vec<String>,
+    /// Keep the stop string (not the stop token) in the text.
+    pub include_in_output: bool,
+    /// Stop tokens are not chosen before this many tokens.
+    pub min_tokens: usize,
+}
+
+/// One generation to run.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Prompt ids; at least one.
+    pub prompt: Vec<u32>,
+    /// Most tokens to generate; `None` = what the context leaves.
+    pub max_tokens: Option<usize>,
+    /// Choice of tokens.
+    pub sampling: SamplingParams,
+    /// End of the generation.
+    pub stop: StopRule,
+    /// `Some(n)`: with each token its log-probability and the n most likely ones.
+    pub logprobs: Option<usize>,
+    /// Control tokens in the output are left out of the text.
+    pub skip_special_tokens: bool,
+}
+
+/// Natural logarithms of probabilities under the unmodified logits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the chosen token.
+    pub chosen: f32,
+    /// The most likely tokens, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token or stop string.
+    Stop,
+    /// The token limit or the end of the context.
+    Length,
+    /// The caller went away or asked.
+    Cancelled,
+}
+
+impl FinishReason {
+    /// The name used in `run --json` and by the API.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// Counts and times of a finished generation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Prompt tokens.
+    pub prompt_tokens: usize,
+    /// Generated tokens, the stop token included.
+    pub completion_tokens: usize,
+    /// From submission to the first step that served it.
+    pub queue_seconds: f64,
+    /// From submission to the first token.
+    pub time_to_first_token_seconds: f64,
+    /// Time of the steps that read the prompt.
+    pub prefill_seconds: f64,
+    /// From the first token to the last.
+    pub decode_seconds: f64,
+}
+
+/// What a request's sink receives, in this order: any `Prefill`, any `Token`, one of the last two.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Prompt tokens read so far.
+    Prefill { done: usize, total: usize },
+    /// One generated token. `text` is what became printable by it: whole UTF-8 characters, possibly
+    /// none, held back while it may be the beginning of a stop string.
+    Token { id: u32, text: String, logprobs: Option<TokenLogprobs> },
+    /// The end; `text` is what was still held back.
+    Finished { text: String, summary: Summary },
+    /// The engine failed on this request.
+    Failed(String),
+}
+
+/// Why a request was not accepted. The engine is unchanged.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SubmitError {
+    /// No prompt token.
+    EmptyPrompt,
+    /// Prompt (plus the demanded tokens) exceed the context.
+    ContextExceeded { prompt_tokens: usize, max_tokens: usize, context: usize },
+    /// A field is out of range.
+    Invalid { param: &'static str, message: String },
+    /// The waiting queue is full.
+    QueueFull { limit: usize },
+    /// The engine is stopping or has failed.
+    Stopped,
+}
+
+impl fmt::Display for SubmitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EmptyPrompt => write!(f, "the prompt has no tokens"),
+            Self::ContextExceeded { prompt_tokens, max_tokens, context } => write!(
+                f,
+                "the context is {context} tokens, but {prompt_tokens} prompt tokens and {max_tokens} tokens to generate were asked for"
+            ),
+            Self::Invalid { param, message } => write!(f, "{param}: {message}"),
+            Self::QueueFull { limit } => write!(f, "{limit} requests are already waiting"),
+            Self::Stopped => write!(f, "the engine has stopped"),
+        }
+    }
+}
+
+impl std::error::Error for SubmitError {}
+
+/// Receives a request's events on the engine's thread; must not block. `false` cancels.
+pub type Sink = Box<dyn FnMut(Event) -> bool + Send>;
+
+/// The one seam between front ends and the engine; tests put a scripted one here.
+pub trait Generate: Send + Sync {
+    /// Queues a request.
+    ///
+    /// # Errors
+    /// [`SubmitError`], before anything is generated.
+    fn submit(&self, request: Request, sink: Sink) -> Result<(), SubmitError>;
+
+    /// Longest prompt plus output, in tokens.
+    fn context(&self) -> usize;
+
+    /// Size of the logits.
+    fn vocab(&self) -> usize;
+}

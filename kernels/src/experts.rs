@@ -1,0 +1,160 @@
+//! Expert feed-forward: gate and up, activation, down; for the routed experts of many tokens at once,
+//! and for a dense or shared one.
+//!
+//! The pairs (token, rank) are grouped by expert, so that every weight is read once. Each pair has an
+//! output row of its own, and a token's rows are added in rank order: the result depends neither on
+//! the grouping nor on which thread did what. Two parallel regions, gate/up and down, are each cut
+//! over experts first and over output columns within an expert, so that many tokens on many experts
+//! and one token on eight both fill the threads.
+
+mod dispatch;
+mod gate_up;
+
+pub use dispatch::{Dispatch, DispatchLimits, Routed, run_experts};
+
+use crate::format::Matrix;
+use crate::matmul::transposed::Transposed;
+use crate::matmul::{self, Input, tile::Product};
+use crate::rows::{Rows, RowsMut};
+use crate::simd::Isa;
+use gate_up::GateUpProduct;
+
+/// What is done with gate g and up u.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// silu(g) * u.
+    SiluGlu,
+    /// gpt-oss: with g = min(g, limit) and u = clamp(u, -limit, limit): g * sigmoid(alpha * g) * (u + 1).
+    ClampedSwiGlu {
+        /// 7 in gpt-oss.
+        limit: f32,
+        /// 1.702 in gpt-oss.
+        alpha: f32,
+    },
+}
+
+/// How gate and up projections are stored.
+#[derive(Clone, Copy, Debug)]
+pub enum GateUp<'a> {
+    /// Two weights `[inter, hidden]`.
+    Separate {
+        /// Gate.
+        gate: Matrix<'a>,
+        /// Up.
+        up: Matrix<'a>,
+    },
+    /// `[2 * inter, hidden]`: row 2r is gate r, row 2r + 1 is up r.
+    Interleaved(Matrix<'a>),
+    /// `[hidden, 2 * inter]`: column 2r is gate r, column 2r + 1 is up r.
+    InterleavedTransposed(Matrix<'a>),
+}
+
+/// The weights of one feed-forward.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertFfn<'a> {
+    /// Gate and up projection.
+    pub gate_up: GateUp<'a>,
+    /// `[2 * inter]`, gate and up interleaved.
+    pub gate_up_bias: Option<&'a [f32]>,
+    /// `[hidden, inter]`, or `[inter, hidden]` if `down_transposed`.
+    pub down: Matrix<'a>,
+    /// Whether `down` is stored `[in, out]`.
+    pub down_transposed: bool,
+    /// `[hidden]`.
+    pub down_bias: Option<&'a [f32]>,
+    /// What is done with gate and up.
+    pub activation: Activation,
+}
+
+impl ExpertFfn<'_> {
+    /// Width of what it takes.
+    pub fn hidden(&self) -> usize {
+        match self.gate_up {
+            GateUp::Separate { gate, .. } => gate.cols,
+            GateUp::Interleaved(w) => w.cols,
+            GateUp::InterleavedTransposed(w) => w.rows,
+        }
+    }
+
+    /// Width between the projections.
+    pub fn inter(&self) -> usize {
+        match self.gate_up {
+            GateUp::Separate { gate, .. } => gate.rows,
+            GateUp::Interleaved(w) => w.rows / 2,
+            GateUp::InterleavedTransposed(w) => w.cols / 2,
+        }
+    }
+
+    fn check(&self) {
+        let (hidden, inter) = (self.hidden(), self.inter());
+        if let GateUp::Separate { gate, up } = self.gate_up {
+            assert_eq!((gate.rows, gate.cols), (up.rows, up.cols), "shapes of gate and up");
+        }
+        let down = if self.down_transposed {
+            (self.down.cols, self.down.rows)
+        } else {
+            (self.down.rows, self.down.cols)
+        };
+        assert_eq!(down, (hidden, inter), "the down projection is [hidden, inter]");
+        assert!(self.gate_up_bias.is_none_or(|b| b.len() == 2 * inter), "one bias per gate and up");
+        assert!(self.down_bias.is_none_or(|b| b.len() == hidden), "one bias per output column");
+    }
+
+    /// Multiply-adds per row of gate and up, and of down.
+    fn work(&self) -> (usize, usize) {
+        (2 * self.inter() * self.hidden(), self.down.rows * self.down.cols)
+    }
+}
+
+/// f32 values of scratch that [`ffn`] needs.
+pub fn ffn_scratch_len(tokens: usize, inter: usize) -> usize {
+    tokens * inter
+}
+
+/// A dense or shared feed-forward over all rows: x and out are `[tokens, hidden]`; scratch as
+/// [`ffn_scratch_len`] says.
+///
+/// # Panics
+/// If shapes differ.
+pub fn ffn(isa: Isa, x: &[f32], ffn: &ExpertFfn<'_>, scratch: &mut [f32], out: &mut [f32]) {
+    ffn.check();
+    let x = Rows::new(x, ffn.hidden());
+    let out = RowsMut::new(out, ffn.hidden());
+    assert_eq!(x.count(), out.count(), "rows in and out");
+    let inner = &mut scratch[..ffn_scratch_len(x.count(), ffn.inter())];
+    let (gate_up, down) = ffn.work();
+    let gate_up = matmul::grain(gate_up * x.count());
+    activated(
+        isa,
+        gate_up,
+        GateUpProduct { x: Input::all(x), ffn: *ffn, first: 0, out: RowsMut::new(inner, ffn.inter()) },
+    );
+    let down = matmul::grain(down * x.count());
+    down_product(isa, down, ffn, Input::all(Rows::new(inner, ffn.inter())), out);
+}
+
+/// Cuts gate and up into pieces of about `grain` multiply-adds.
+fn activated(isa: Isa, grain: usize, p: GateUpProduct<'_>) {
+    let width = p.out.width();
+    let work = 2 * width * p.ffn.hidden() * p.x.count();
+    if work <= grain || width < 2 * gate_up::BLOCK {
+        return p.run(isa);
+    }
+    let at = (width / 2).next_multiple_of(gate_up::BLOCK);
+    let (left, right) = p.out.split_columns(at);
+    let (x, ffn, first) = (p.x, p.ffn, p.first);
+    rayon::join(
+        || activated(isa, grain, GateUpProduct { x, ffn, first, out: left }),
+        || activated(isa, grain, GateUpProduct { x, ffn, first: first + at, out: right }),
+    );
+}
+
+/// The down projection of activated rows, cut into pieces of about `grain` multiply-adds.
+fn down_product(isa: Isa, grain: usize, ffn: &ExpertFfn<'_>, x: Input<'_>, out: RowsMut<'_>) {
+    let (w, bias) = (ffn.down, ffn.down_bias);
+    if ffn.down_transposed {
+        matmul::transposed(isa, grain, Transposed { x, w, first: 0, bias, out });
+    } else {
+        matmul::product(isa, grain, Product { x, w, bias, out });
+    }
+}

@@ -1,0 +1,142 @@
+//! Instruction sets, and the one order in which everything is summed.
+//!
+//! # Canonical order
+//!
+//! A product of two rows of K values keeps 32 f32 lanes. Element k goes to lane k mod 32; each lane
+//! is accumulated by fused multiply-add in ascending k. After the last element lanes j and j+16 are
+//! added, then j and j+8, j+4, j+2, j+1: lane 0 is the result. Where K is not a multiple of 32 the
+//! missing elements are a multiply-add of zero by zero. Sums, sums of squares and maxima use the
+//! same lanes and the same reduction.
+//!
+//! The order holds for portable, AVX2 and AVX-512 code alike, for one row or many, for any number of
+//! threads, so all of them give the same bits. (Which NaN a NaN is stays open.) A weight is first
+//! dequantised to f32: its code, exact in f32, times its scale, rounded once.
+//!
+//! Where a matrix is stored `[in, out]` (`matmul_transposed`) and where attention sums values over
+//! positions, every output is one lane: a chain of fused multiply-adds, ascending.
+//!
+//! # How it is built
+//!
+//! An operation is written once as `Work`, over the 32 lanes of `Lanes`; [`Isa`] instantiates it per
+//! instruction set inside one function that enables the features. All of it is inlined there.
+
+mod math;
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+pub(crate) use math::{exp, padded, silu};
+pub use math::{exp_in_place, max, sigmoid_in_place, sum};
+
+/// f32 lanes of the canonical order.
+pub const LANES: usize = 32;
+
+/// An instruction set. Chosen once at start ([`Isa::detect`]) and handed to every operation; there is
+/// no global.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Plain Rust: any processor, and slow where the build target has no fused multiply-add.
+    Portable,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// The best that this processor has.
+    pub fn detect() -> Self {
+        [Self::Avx512, Self::Avx2].into_iter().find(|isa| isa.present()).unwrap_or(Self::Portable)
+    }
+
+    /// All that this processor has, plainest first.
+    pub fn available() -> Vec<Self> {
+        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|isa| isa.present()).collect()
+    }
+
+    fn present(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::Avx2::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::Avx512::new().is_some(),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// Runs `work` with this instruction set.
+    ///
+    /// # Panics
+    /// If the processor lacks it.
+    #[inline]
+    pub(crate) fn run<W: Work>(self, work: W) -> W::Output {
+        match self {
+            Self::Portable => work.run(portable::Portable),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::Avx2::new().expect("this processor has no AVX2").enter(work),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::Avx512::new().expect("this processor has no AVX-512").enter(work),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => panic!("{self:?} is not of this processor family"),
+        }
+    }
+}
+
+/// One serial piece of computation, written over any [`Lanes`]. Implementations of `run` and all that
+/// they call with lanes must be `#[inline(always)]`: only then are they compiled for the instruction
+/// set.
+pub(crate) trait Work {
+    /// What it gives back.
+    type Output;
+
+    /// Does it.
+    fn run<L: Lanes>(self, lanes: L) -> Self::Output;
+}
+
+/// 32 f32 lanes of one instruction set. The value itself proves that the processor has the features.
+pub(crate) trait Lanes: Copy {
+    /// 32 values.
+    type V: Copy;
+
+    fn splat(self, x: f32) -> Self::V;
+    fn load(self, x: &[f32; LANES]) -> Self::V;
+    fn store(self, v: Self::V, out: &mut [f32; LANES]);
+
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a > b ? a : b`: with a NaN in either, `b`.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a < b ? a : b`: with a NaN in either, `b`.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// 2^n for whole n in -126 ..= 127; anything else gives some value.
+    fn pow2(self, n: Self::V) -> Self::V;
+
+    /// The canonical reduction of the lanes by addition.
+    fn sum(self, v: Self::V) -> f32;
+    /// The canonical reduction of the lanes by [`Lanes::max`].
+    fn peak(self, v: Self::V) -> f32;
+
+    /// 32 little-endian f32.
+    fn f32(self, x: &[u8; 128]) -> Self::V;
+    /// 32 little-endian IEEE halves.
+    fn f16(self, x: &[u8; 64]) -> Self::V;
+    /// 32 little-endian bf16.
+    fn bf16(self, x: &[u8; 64]) -> Self::V;
+    /// 32 bf16 as words.
+    fn bf16_words(self, x: &[u16; 32]) -> Self::V;
+    /// 32 e4m3fn codes.
+    fn e4m3(self, x: &[u8; 32]) -> Self::V;
+    /// 32 nibbles, low first, each minus 8.
+    fn int4(self, x: &[u8; 16]) -> Self::V;
+    /// 32 e2m1 nibbles, low first.
+    fn e2m1(self, x: &[u8; 16]) -> Self::V;
+}

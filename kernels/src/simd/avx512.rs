@@ -1,0 +1,213 @@
+//! The lanes as two registers of sixteen.
+
+use super::{LANES, Lanes, Work};
+use std::arch::x86_64::*;
+
+/// Proof that the processor has AVX-512 F, BW, DQ and VL (and what every such processor has besides).
+/// Only [`Avx512::new`] makes one, which is what every `unsafe` block here relies on.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    pub(crate) fn new() -> Option<Self> {
+        let all = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        all.then_some(Self(()))
+    }
+
+    #[inline]
+    pub(crate) fn enter<W: Work>(self, work: W) -> W::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        fn inner<W: Work>(token: Avx512, work: W) -> W::Output {
+            work.run(token)
+        }
+        // SAFETY: the token proves the features that `inner` enables.
+        unsafe { inner(self, work) }
+    }
+}
+
+/// Lanes 0..16 and 16..32.
+type V = [__m512; 2];
+
+/// One operation on both registers.
+macro_rules! both {
+    ($f:ident, $($v:ident),+) => {
+        // SAFETY: the token proves AVX-512; the operation touches registers only.
+        unsafe { [$f($($v[0]),+), $f($($v[1]),+)] }
+    };
+}
+
+#[inline(always)]
+fn nibbles(x: &[u8; 16]) -> [__m512i; 2] {
+    // SAFETY: only called with a token in hand; 16 bytes are read from a reference to 16 bytes.
+    unsafe {
+        let x = _mm_loadu_si128(x.as_ptr().cast());
+        let mask = _mm_set1_epi8(15);
+        let low = _mm_and_si128(x, mask);
+        let high = _mm_and_si128(_mm_srli_epi16::<4>(x), mask);
+        [
+            _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)),
+            _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(low, high)),
+        ]
+    }
+}
+
+/// Looks both registers of codes up in a table of sixteen values.
+#[inline(always)]
+fn look_up(codes: [__m512i; 2], table: &[f32; 16]) -> V {
+    // SAFETY: only called with a token in hand; 64 bytes are read from a reference to 16 f32.
+    unsafe {
+        let table = _mm512_loadu_ps(table.as_ptr());
+        [_mm512_permutexvar_ps(codes[0], table), _mm512_permutexvar_ps(codes[1], table)]
+    }
+}
+
+const INT4: [f32; 16] =
+    [-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
+
+impl Lanes for Avx512 {
+    type V = V;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> V {
+        // SAFETY: the token proves AVX-512.
+        unsafe { [_mm512_set1_ps(x); 2] }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> V {
+        // SAFETY: the token proves AVX-512; 32 values are read from a reference to 32.
+        unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))] }
+    }
+    #[inline(always)]
+    fn store(self, v: V, out: &mut [f32; LANES]) {
+        // SAFETY: the token proves AVX-512; 32 values are written to a reference to 32.
+        unsafe {
+            _mm512_storeu_ps(out.as_mut_ptr(), v[0]);
+            _mm512_storeu_ps(out.as_mut_ptr().add(16), v[1]);
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: V, b: V) -> V {
+        both!(_mm512_add_ps, a, b)
+    }
+    #[inline(always)]
+    fn sub(self, a: V, b: V) -> V {
+        both!(_mm512_sub_ps, a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: V, b: V) -> V {
+        both!(_mm512_mul_ps, a, b)
+    }
+    #[inline(always)]
+    fn div(self, a: V, b: V) -> V {
+        both!(_mm512_div_ps, a, b)
+    }
+    #[inline(always)]
+    fn fma(self, a: V, b: V, c: V) -> V {
+        both!(_mm512_fmadd_ps, a, b, c)
+    }
+    #[inline(always)]
+    fn max(self, a: V, b: V) -> V {
+        both!(_mm512_max_ps, a, b)
+    }
+    #[inline(always)]
+    fn min(self, a: V, b: V) -> V {
+        both!(_mm512_min_ps, a, b)
+    }
+    #[inline(always)]
+    fn pow2(self, n: V) -> V {
+        n.map(|n| {
+            // SAFETY: the token proves AVX-512.
+            unsafe {
+                let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
+            }
+        })
+    }
+    #[inline(always)]
+    fn sum(self, v: V) -> f32 {
+        // SAFETY: the token proves AVX-512.
+        unsafe {
+            let v = _mm512_add_ps(v[0], v[1]);
+            let v = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+    #[inline(always)]
+    fn peak(self, v: V) -> f32 {
+        // SAFETY: the token proves AVX-512.
+        unsafe {
+            let v = _mm512_max_ps(v[0], v[1]);
+            let v = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+    #[inline(always)]
+    fn f32(self, x: &[u8; 128]) -> V {
+        // SAFETY: the token proves AVX-512; 128 bytes are read, unaligned, from a reference to 128.
+        unsafe { [_mm512_loadu_ps(x.as_ptr().cast()), _mm512_loadu_ps(x.as_ptr().add(64).cast())] }
+    }
+    #[inline(always)]
+    fn f16(self, x: &[u8; 64]) -> V {
+        // SAFETY: the token proves AVX-512; 64 bytes are read, unaligned, from a reference to 64.
+        unsafe {
+            [
+                _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())),
+                _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().add(32).cast())),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn bf16(self, x: &[u8; 64]) -> V {
+        // SAFETY: the token proves AVX-512; 64 bytes are read, unaligned, from a reference to 64.
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().add(32).cast()));
+            [
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(low)),
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(high)),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn bf16_words(self, x: &[u16; 32]) -> V {
+        // SAFETY: 32 words are 64 bytes; this processor family is little endian.
+        self.bf16(unsafe { &*x.as_ptr().cast() })
+    }
+    #[inline(always)]
+    fn e4m3(self, x: &[u8; 32]) -> V {
+        // The seven magnitude bits become exponent and mantissa of a half, whose bias is 8 greater;
+        // subnormals stay subnormal, which the conversion takes at full speed.
+        // SAFETY: the token proves AVX-512; 32 bytes are read, unaligned, from a reference to 32.
+        unsafe {
+            let codes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(x.as_ptr().cast()));
+            let halves =
+                _mm512_and_si512(_mm512_slli_epi16::<7>(codes), _mm512_set1_epi16(0xBFFF_u16 as i16));
+            let magnitude = _mm512_and_si512(halves, _mm512_set1_epi16(0x7FFF));
+            let nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x3F80));
+            let halves = _mm512_mask_mov_epi16(halves, nan, _mm512_set1_epi16(0x7E00));
+            let bias = _mm512_set1_ps(256.0);
+            [
+                _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), bias),
+                _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves)), bias),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn int4(self, x: &[u8; 16]) -> V {
+        look_up(nibbles(x), &INT4)
+    }
+    #[inline(always)]
+    fn e2m1(self, x: &[u8; 16]) -> V {
+        look_up(nibbles(x), &super::portable::E2M1)
+    }
+}

@@ -1,0 +1,243 @@
+//! Attention against the reference, and the same bits however it is cut.
+
+mod common;
+
+use common::{Random, assert_close_overall, bits, in_pools};
+use kernels::attention::{
+    CacheMut, CacheSlice, CacheType, Gqa, Mla, PAGE, Pages, Queries, SPAN, gqa, mla, write_rows,
+};
+use kernels::{Isa, Rows, reference};
+
+/// A paged cache whose blocks lie in shuffled order among NaN rows that belong to nobody.
+struct Cache {
+    f32: Vec<f32>,
+    bf16: Vec<u16>,
+    kind: CacheType,
+    row: usize,
+    table: Vec<u32>,
+}
+
+impl Cache {
+    fn random(random: &mut Random, kind: CacheType, positions: usize, row: usize) -> Self {
+        let pages = positions.div_ceil(PAGE);
+        let mut table: Vec<u32> = (1..=pages as u32 + 1).collect();
+        for i in (1..table.len()).rev() {
+            table.swap(i, random.below(i + 1));
+        }
+        let len = (pages + 2) * PAGE * row;
+        let mut cache = Self { f32: vec![], bf16: vec![], kind, row, table };
+        match kind {
+            CacheType::F32 => cache.f32 = vec![f32::NAN; len],
+            CacheType::Bf16 => cache.bf16 = vec![0x7fc0; len],
+        }
+        let slots: Vec<u32> =
+            (0..positions).map(|p| cache.table[p / PAGE] * PAGE as u32 + (p % PAGE) as u32).collect();
+        let x = random.values(positions * row);
+        let data = match kind {
+            CacheType::F32 => CacheMut::F32(&mut cache.f32),
+            CacheType::Bf16 => CacheMut::Bf16(&mut cache.bf16),
+        };
+        write_rows(data, row, &slots, Rows::new(&x, row));
+        cache
+    }
+
+    fn pages(&self) -> Pages<'_> {
+        let data = match self.kind {
+            CacheType::F32 => CacheSlice::F32(&self.f32),
+            CacheType::Bf16 => CacheSlice::Bf16(&self.bf16),
+        };
+        Pages { data, row: self.row, table: &self.table }
+    }
+}
+
+#[test]
+fn bf16_rows_are_rounded_to_nearest_even() {
+    let x = [1.0, f32::from_bits(0x3f80_8000), f32::from_bits(0x3f81_8000), f32::from_bits(0x3f80_8001)];
+    let mut data = [0; 8];
+    write_rows(CacheMut::Bf16(&mut data), 4, &[1], Rows::new(&x, 4));
+    assert_eq!(data, [0, 0, 0, 0, 0x3f80, 0x3f80, 0x3f82, 0x3f81]);
+}
+
+#[test]
+fn mla_meets_the_reference() {
+    let mut random = Random(11);
+    for kind in [CacheType::F32, CacheType::Bf16] {
+        for (heads, latent, rope) in [(1, 8, 4), (5, 40, 24), (9, 512, 64)] {
+            let shape = Mla { heads, latent, rope, scale: 0.3 };
+            let cache = Cache::random(&mut random, kind, 150, latent + rope);
+            let rows = random.values(3 * heads * (latent + rope));
+            for first_position in [0, 61, 147] {
+                let queries = Queries { rows: &rows, first_position };
+                let want = reference::mla(&shape, queries, &cache.pages());
+                let mut first: Option<Vec<u32>> = None;
+                for isa in Isa::available() {
+                    let mut out = vec![f32::NAN; want.len()];
+                    mla(isa, &shape, queries, &cache.pages(), &mut [], &mut out);
+                    assert_close_overall(&out, &want, 4e-6, &format!("{shape:?} {kind:?} {first_position}"));
+                    assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{isa:?} {shape:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gqa_meets_the_reference() {
+    let mut random = Random(12);
+    let sinks = random.values(24);
+    for kind in [CacheType::F32, CacheType::Bf16] {
+        for (heads, kv_heads, head_dim, value_dim) in
+            [(1, 1, 1, 1), (4, 2, 16, 16), (24, 2, 64, 64), (6, 6, 33, 47), (12, 1, 128, 96)]
+        {
+            for (window, sinks) in [(None, None), (Some(1), None), (Some(70), Some(&sinks[..heads]))] {
+                let shape = Gqa { heads, kv_heads, head_dim, value_dim, scale: 0.4, window, sinks };
+                let keys = Cache::random(&mut random, kind, 200, kv_heads * head_dim);
+                let values = Cache::random(&mut random, kind, 200, kv_heads * value_dim + 3);
+                let rows = random.values(4 * heads * head_dim);
+                for first_position in [0, 62, 196] {
+                    let queries = Queries { rows: &rows, first_position };
+                    let want = reference::gqa(&shape, queries, &keys.pages(), &values.pages());
+                    let mut first: Option<Vec<u32>> = None;
+                    for isa in Isa::available() {
+                        let mut out = vec![f32::NAN; want.len()];
+                        gqa(isa, &shape, queries, (&keys.pages(), &values.pages()), &mut [], &mut out);
+                        assert_close_overall(&out, &want, 4e-6, &format!("{shape:?} {kind:?} {first_position}"));
+                        assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{isa:?} {shape:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The same rows in one call, in chunks of 1, 7 and 64, and in pools of 1, 2 and 3 threads.
+#[test]
+fn chunks_and_threads_change_nothing() {
+    let mut random = Random(13);
+    let tokens = 200;
+    let isa = Isa::detect();
+    let sinks = random.values(8);
+    for window in [None, Some(128)] {
+        let shape = Gqa {
+            heads: 8,
+            kv_heads: 2,
+            head_dim: 48,
+            value_dim: 40,
+            scale: 0.2,
+            window,
+            sinks: window.map(|_| &sinks[..]),
+        };
+        let keys = Cache::random(&mut random, CacheType::Bf16, tokens, 2 * 48);
+        let values = Cache::random(&mut random, CacheType::Bf16, tokens, 2 * 40);
+        let rows = random.values(tokens * 8 * 48);
+        let mut whole = vec![f32::NAN; tokens * 8 * 40];
+        let pages = (&keys.pages(), &values.pages());
+        gqa(isa, &shape, Queries { rows: &rows, first_position: 0 }, pages, &mut [], &mut whole);
+        for chunk in [1, 7, 64, tokens] {
+            for out in in_pools(|| {
+                let mut out = vec![f32::NAN; whole.len()];
+                let parts = rows.chunks(chunk * 8 * 48).zip(out.chunks_mut(chunk * 8 * 40));
+                for (i, (rows, out)) in parts.enumerate() {
+                    let queries = Queries { rows, first_position: i * chunk };
+                    gqa(isa, &shape, queries, pages, &mut [], out);
+                }
+                out
+            }) {
+                assert_eq!(bits(&whole), bits(&out), "chunks of {chunk}, window {window:?}");
+            }
+        }
+    }
+}
+
+/// Long contexts: spans one after another or side by side, for one row or several that straddle spans.
+#[test]
+fn spans_side_by_side_change_nothing() {
+    let mut random = Random(14);
+    let positions = 3 * SPAN + 70;
+    let shape = Mla { heads: 10, latent: 64, rope: 32, scale: 0.2 };
+    let cache = Cache::random(&mut random, CacheType::Bf16, positions, 96);
+    let sinks = random.values(10);
+    let windowed = Gqa {
+        heads: 10,
+        kv_heads: 2,
+        head_dim: 48,
+        value_dim: 48,
+        scale: 0.2,
+        window: Some(SPAN + 100),
+        sinks: Some(&sinks),
+    };
+    for (first_position, tokens) in [(positions - 1, 1), (2 * SPAN - 3, 7), (SPAN, 1), (SPAN - 1, 2)] {
+        let rows = random.values(tokens * 10 * 96);
+        let queries = Queries { rows: &rows, first_position };
+        let pages = cache.pages();
+        let want = reference::mla(&shape, queries, &pages);
+        let mut alone = vec![f32::NAN; want.len()];
+        mla(Isa::detect(), &shape, queries, &pages, &mut [], &mut alone);
+        assert_close_overall(&alone, &want, 4e-6, "long");
+
+        let gqa_rows = &rows[..tokens * 10 * 48];
+        let gqa_queries = Queries { rows: gqa_rows, first_position };
+        let want = reference::gqa(&windowed, gqa_queries, &pages, &pages);
+        let mut alone_windowed = vec![f32::NAN; want.len()];
+        gqa(Isa::detect(), &windowed, gqa_queries, (&pages, &pages), &mut [], &mut alone_windowed);
+        assert_close_overall(&alone_windowed, &want, 4e-6, "long with a window");
+
+        for isa in Isa::available() {
+            for (out, out_windowed) in in_pools(|| {
+                let mut scratch = vec![f32::NAN; shape.scratch_len(tokens, positions)];
+                let mut out = vec![f32::NAN; alone.len()];
+                mla(isa, &shape, queries, &pages, &mut scratch, &mut out);
+                let mut scratch = vec![f32::NAN; windowed.scratch_len(tokens, positions)];
+                let mut windowed_out = vec![f32::NAN; alone_windowed.len()];
+                gqa(isa, &windowed, gqa_queries, (&pages, &pages), &mut scratch, &mut windowed_out);
+                (out, windowed_out)
+            }) {
+                assert_eq!(bits(&alone), bits(&out), "{isa:?} {first_position}+{tokens}");
+                assert_eq!(bits(&alone_windowed), bits(&out_windowed), "{isa:?} {first_position}+{tokens}");
+            }
+        }
+    }
+}
+
+/// Scores far apart: the running maximum moves at every tile, and a great sink takes all the weight.
+#[test]
+fn extreme_scores() {
+    let positions = 300;
+    let mut cache = Cache::random(&mut Random(15), CacheType::F32, positions, 1);
+    for p in 0..positions {
+        cache.f32[cache.table[p / PAGE] as usize * PAGE + p % PAGE] = p as f32;
+    }
+    let pages = cache.pages();
+    for isa in Isa::available() {
+        for (query, want) in [(1e4, 299.0), (-1e4, 0.0), (0.0, 149.5)] {
+            let shape = Mla { heads: 1, latent: 1, rope: 0, scale: 1.0 };
+            let mut out = [f32::NAN];
+            let queries = Queries { rows: &[query], first_position: positions - 1 };
+            mla(isa, &shape, queries, &pages, &mut [], &mut out);
+            assert_close_overall(&out, &[want], 1e-6, "extreme");
+            for (sink, share) in [(-1e6, 1.0), (1e8, 0.0)] {
+                let shape = Gqa {
+                    heads: 1,
+                    kv_heads: 1,
+                    head_dim: 1,
+                    value_dim: 1,
+                    scale: 1.0,
+                    window: None,
+                    sinks: Some(&[sink]),
+                };
+                gqa(isa, &shape, queries, (&pages, &pages), &mut [], &mut out);
+                assert_close_overall(&out, &[want * share], 1e-6, "extreme sink");
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "65 positions in 1 pages")]
+fn a_short_table_is_refused() {
+    let data = [0.0; PAGE];
+    let pages = Pages { data: CacheSlice::F32(&data), row: 1, table: &[0] };
+    let shape = Mla { heads: 1, latent: 1, rope: 0, scale: 1.0 };
+    let queries = Queries { rows: &[1.0], first_position: PAGE };
+    mla(Isa::Portable, &shape, queries, &pages, &mut [], &mut [0.0]);
+}

@@ -1,0 +1,191 @@
+//! Expert feed-forward against the reference, and the same bits however it is grouped.
+
+mod common;
+
+use common::{FORMATS, Format, Random, Weight, assert_close_overall, bits, in_pools};
+use kernels::experts::{
+    Activation, Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, ffn, ffn_scratch_len, run_experts,
+};
+use kernels::{Isa, reference};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Layout {
+    Separate,
+    Interleaved,
+    Transposed,
+}
+
+struct Expert {
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    biases: Option<(Vec<f32>, Vec<f32>)>,
+    layout: Layout,
+    activation: Activation,
+}
+
+impl Expert {
+    fn random(random: &mut Random, format: Format, layout: Layout, hidden: usize, inter: usize) -> Self {
+        let (gate, down) = match layout {
+            Layout::Separate => ((inter, hidden), (hidden, inter)),
+            Layout::Interleaved => ((2 * inter, hidden), (hidden, inter)),
+            Layout::Transposed => ((hidden, 2 * inter), (inter, hidden)),
+        };
+        let clamped = layout != Layout::Separate;
+        Self {
+            gate: Weight::random(random, format, gate.0, gate.1),
+            up: Weight::random(random, format, inter, hidden),
+            down: Weight::random(random, format, down.0, down.1),
+            biases: clamped.then(|| (random.values(2 * inter), random.values(hidden))),
+            layout,
+            activation: if clamped {
+                Activation::ClampedSwiGlu { limit: 0.7, alpha: 1.702 }
+            } else {
+                Activation::SiluGlu
+            },
+        }
+    }
+
+    fn ffn(&self) -> ExpertFfn<'_> {
+        ExpertFfn {
+            gate_up: match self.layout {
+                Layout::Separate => GateUp::Separate { gate: self.gate.matrix(), up: self.up.matrix() },
+                Layout::Interleaved => GateUp::Interleaved(self.gate.matrix()),
+                Layout::Transposed => GateUp::InterleavedTransposed(self.gate.matrix()),
+            },
+            gate_up_bias: self.biases.as_ref().map(|b| &b.0[..]),
+            down: self.down.matrix(),
+            down_transposed: self.layout == Layout::Transposed,
+            down_bias: self.biases.as_ref().map(|b| &b.1[..]),
+            activation: self.activation,
+        }
+    }
+}
+
+const LAYOUTS: [Layout; 3] = [Layout::Separate, Layout::Interleaved, Layout::Transposed];
+
+/// Distinct ascending experts, some of which many tokens want.
+fn routing(random: &mut Random, tokens: usize, top_k: usize, experts: usize) -> (Vec<u32>, Vec<f32>) {
+    let mut ids = vec![];
+    for _ in 0..tokens {
+        let mut mine: Vec<u32> = vec![];
+        while mine.len() < top_k {
+            let id = random.below(experts).min(random.below(experts)) as u32;
+            if !mine.contains(&id) {
+                mine.push(id);
+            }
+        }
+        mine.sort_unstable();
+        ids.extend(mine);
+    }
+    let weights = random.values(tokens * top_k);
+    (ids, weights)
+}
+
+#[test]
+fn a_feed_forward_meets_the_reference() {
+    let mut random = Random(21);
+    for format in FORMATS {
+        for layout in LAYOUTS {
+            for (hidden, inter) in [(32, 32), (96, 160), (33, 45)] {
+                if format.grouped() && hidden % 32 != 0 {
+                    continue;
+                }
+                let expert = Expert::random(&mut random, format, layout, hidden, inter);
+                let tokens = 35;
+                let x = random.values(tokens * hidden);
+                let want = reference::ffn(&x, &expert.ffn());
+                let what = format!("{format:?} {layout:?} [{hidden}, {inter}]");
+                let mut first: Option<Vec<u32>> = None;
+                for isa in Isa::available() {
+                    let mut out = vec![f32::NAN; want.len()];
+                    let mut scratch = vec![f32::NAN; ffn_scratch_len(tokens, inter)];
+                    ffn(isa, &x, &expert.ffn(), &mut scratch, &mut out);
+                    assert_close_overall(&out, &want, 1e-5, &what);
+                    assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{what} {isa:?}");
+                    let mut alone = vec![f32::NAN; hidden];
+                    ffn(isa, &x[33 * hidden..][..hidden], &expert.ffn(), &mut scratch, &mut alone);
+                    assert_eq!(bits(&alone), bits(&out[33 * hidden..][..hidden]), "{what} {isa:?} alone");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn routed_experts_meet_the_reference() {
+    let mut random = Random(22);
+    let (experts, top_k, hidden, inter) = (9, 3, 64, 96);
+    for format in FORMATS {
+        for layout in LAYOUTS {
+            let all: Vec<Expert> =
+                (0..experts).map(|_| Expert::random(&mut random, format, layout, hidden, inter)).collect();
+            let lookup = |id: u32| all[id as usize].ffn();
+            let tokens = 13;
+            let x = random.values(tokens * hidden);
+            let (ids, weights) = routing(&mut random, tokens, top_k, experts);
+            let routed = Routed { x: &x, ids: &ids, weights: &weights };
+            let want = reference::run_experts(&routed, hidden, &lookup);
+            let mut first: Option<Vec<u32>> = None;
+            for isa in Isa::available() {
+                // Room for all tokens, for some, and for one at a time.
+                for tokens in [20, 5, 1] {
+                    let limits = DispatchLimits { tokens, top_k, experts, hidden, inter: inter + 8 };
+                    let mut dispatch = Dispatch::new(limits);
+                    let mut out = vec![f32::NAN; want.len()];
+                    run_experts(isa, routed, &lookup, &mut dispatch, &mut out);
+                    assert_close_overall(&out, &want, 1e-5, &format!("{format:?} {layout:?}"));
+                    assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{isa:?} {tokens}");
+                }
+            }
+        }
+    }
+}
+
+/// Large enough that both regions are cut, over experts and within them.
+#[test]
+fn threads_change_nothing() {
+    let mut random = Random(23);
+    let isa = Isa::detect();
+    let (experts, top_k, hidden, inter) = (6, 2, 352, 320);
+    for (format, layout) in
+        [(Format::Int4, Layout::Separate), (Format::Mxfp4, Layout::Interleaved), (Format::Bf16, Layout::Transposed)]
+    {
+        let all: Vec<Expert> =
+            (0..experts).map(|_| Expert::random(&mut random, format, layout, hidden, inter)).collect();
+        for tokens in [1, 90] {
+            let x = random.values(tokens * hidden);
+            let (ids, weights) = routing(&mut random, tokens, top_k, experts);
+            let outs = in_pools(|| {
+                let limits = DispatchLimits { tokens, top_k, experts, hidden, inter };
+                let mut dispatch = Dispatch::new(limits);
+                let mut out = vec![f32::NAN; tokens * hidden];
+                let routed = Routed { x: &x, ids: &ids, weights: &weights };
+                run_experts(isa, routed, &|id| all[id as usize].ffn(), &mut dispatch, &mut out);
+                let mut scratch = vec![f32::NAN; ffn_scratch_len(tokens, inter)];
+                let mut shared = vec![f32::NAN; tokens * hidden];
+                ffn(isa, &x, &all[0].ffn(), &mut scratch, &mut shared);
+                (out, shared)
+            });
+            for (out, shared) in &outs {
+                assert_eq!(bits(out), bits(&outs[0].0), "{format:?} {tokens}");
+                assert_eq!(bits(shared), bits(&outs[0].1), "{format:?} {tokens}");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_token_is_no_work() {
+    let limits = DispatchLimits { tokens: 4, top_k: 2, experts: 3, hidden: 8, inter: 8 };
+    let routed = Routed { x: &[], ids: &[], weights: &[] };
+    run_experts(Isa::Portable, routed, &|_| unreachable!(), &mut Dispatch::new(limits), &mut []);
+}
+
+#[test]
+#[should_panic(expected = "expert 3 of 3")]
+fn an_unknown_expert_is_refused() {
+    let limits = DispatchLimits { tokens: 4, top_k: 2, experts: 3, hidden: 1, inter: 8 };
+    let routed = Routed { x: &[1.0], ids: &[0, 3], weights: &[0.5, 0.5] };
+    run_experts(Isa::Portable, routed, &|_| unreachable!(), &mut Dispatch::new(limits), &mut [0.0]);
+}

@@ -1,0 +1,284 @@
+//! The mixers on the cpu runner, and the cache they write and read.
+
+use kernels::attention::{CacheMut, CacheSlice, Gqa as GqaShape, Mla as MlaShape, Pages, Queries, gqa, mla, write_rows};
+use kernels::matmul::{Heads, matmul, matmul_heads, matmul_transposed_heads};
+use kernels::norm::{rms_norm_in_place, rms_norm_rows_in_place};
+use kernels::rows::{Rows, RowsMut};
+use kernels::simd::Isa;
+
+use super::{Angles, Step};
+use crate::config::{CacheRows, Gqa, Mixer, Mla, MlaQuery, ModelConfig, QkNorm};
+use crate::runner::{Capacity, Numerics};
+use crate::weights::{GqaWeights, LinearWeights, MixerWeights, MlaQueryWeights, MlaWeights};
+
+/// One layer's cache: one store per kind of row the layer caches.
+pub struct LayerCache {
+    stores: Vec<Store>,
+}
+
+/// Rows of `width` values by slot. Zeroed memory is not resident before it is written.
+struct Store {
+    width: usize,
+    values: StoreValues,
+}
+
+enum StoreValues {
+    F32(Vec<f32>),
+    Bf16(Vec<u16>),
+}
+
+impl LayerCache {
+    pub fn new(rows: CacheRows, slots: usize, numerics: Numerics) -> Self {
+        let store = |&width: &usize| Store {
+            width,
+            values: match numerics {
+                Numerics::Reference => StoreValues::F32(vec![0.0; slots * width]),
+                Numerics::Model => StoreValues::Bf16(vec![0; slots * width]),
+            },
+        };
+        Self { stores: rows.widths().iter().map(store).collect() }
+    }
+}
+
+impl Store {
+    fn write(&mut self, slots: &[u32], rows: &[f32]) {
+        let cache = match &mut self.values {
+            StoreValues::F32(values) => CacheMut::F32(values),
+            StoreValues::Bf16(values) => CacheMut::Bf16(values),
+        };
+        write_rows(cache, self.width, slots, Rows::new(rows, self.width));
+    }
+
+    fn pages<'a>(&'a self, table: &'a [u32]) -> Pages<'a> {
+        let data = match &self.values {
+            StoreValues::F32(values) => CacheSlice::F32(values),
+            StoreValues::Bf16(values) => CacheSlice::Bf16(values),
+        };
+        Pages { data, row: self.width, table }
+    }
+}
+
+/// Buffers of the mixers, sized for the widest layer.
+pub struct AttentionScratch {
+    /// Queries `[tokens, heads * query width]`; for MLA with latent queries.
+    query: Vec<f32>,
+    /// MLA: projected queries `[tokens, heads * (nope + rope)]` and their low rank before that.
+    projected: Vec<f32>,
+    low_rank: Vec<f32>,
+    /// New cache rows, `[tokens, width]`: keys or latents, then values.
+    key: Vec<f32>,
+    value: Vec<f32>,
+    /// What attention gives `[tokens, heads * value width]`; for MLA in latent form.
+    mixed: Vec<f32>,
+    /// MLA: values per head `[tokens, heads * value]`.
+    heads: Vec<f32>,
+    /// Partial results of long contexts.
+    spans: Vec<f32>,
+}
+
+/// Lengths of the buffers of [`AttentionScratch`], in their order.
+#[derive(Clone, Copy, Default)]
+struct Sizes([usize; 8]);
+
+impl Sizes {
+    fn of(config: &ModelConfig, capacity: &Capacity) -> Self {
+        let tokens = capacity.batch_tokens;
+        let context = capacity.blocks * kernels::attention::PAGE;
+        let mut sizes = Self::default();
+        for layer in &config.layers {
+            let widths = match &layer.mixer {
+                Mixer::Gqa(g) => {
+                    let (q, kv) = (g.heads * g.head_dim, g.kv_heads * g.head_dim);
+                    let spans = gqa_shape(g, None).scratch_len(tokens, context);
+                    [tokens * q, 0, 0, tokens * kv, tokens * kv, tokens * q, 0, spans]
+                }
+                Mixer::Mla(m) => {
+                    let row = m.kv_rank + m.rope_dim;
+                    let rank = match &m.query {
+                        MlaQuery::Direct(_) => 0,
+                        MlaQuery::LowRank { a, .. } => a.rows,
+                    };
+                    [
+                        tokens * m.heads * row,
+                        tokens * m.heads * (m.nope_dim + m.rope_dim),
+                        tokens * rank,
+                        tokens * row,
+                        0,
+                        tokens * m.heads * m.kv_rank,
+                        tokens * m.heads * m.value_dim,
+                        mla_shape(m).scratch_len(tokens, context),
+                    ]
+                }
+            };
+            for (size, width) in sizes.0.iter_mut().zip(widths) {
+                *size = (*size).max(width);
+            }
+        }
+        sizes
+    }
+}
+
+fn gqa_shape<'a>(gqa: &Gqa, sinks: Option<&'a [f32]>) -> GqaShape<'a> {
+    let Gqa { heads, kv_heads, head_dim, scale, window, .. } = *gqa;
+    GqaShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, window, sinks }
+}
+
+fn mla_shape(mla: &Mla) -> MlaShape {
+    MlaShape { heads: mla.heads, latent: mla.kv_rank, rope: mla.rope_dim, scale: mla.scale }
+}
+
+impl AttentionScratch {
+    pub fn new(config: &ModelConfig, capacity: &Capacity) -> Self {
+        let [query, projected, low_rank, key, value, mixed, heads, spans] =
+            Sizes::of(config, capacity).0.map(|len| vec![0.0; len]);
+        Self { query, projected, low_rank, key, value, mixed, heads, spans }
+    }
+
+    /// Bytes of all buffers.
+    pub fn bytes(config: &ModelConfig, capacity: &Capacity) -> usize {
+        4 * Sizes::of(config, capacity).0.iter().sum::<usize>()
+    }
+
+    /// `out = mixer(x)`, both `[tokens, hidden]`; writes the new rows of `cache`.
+    pub fn run(&mut self, step: &Step, angles: Option<Angles>, cache: &mut LayerCache, x: &[f32], out: &mut [f32]) {
+        match (&step.layer.mixer, &step.weights.mixer) {
+            (Mixer::Gqa(gqa), MixerWeights::Gqa(weights)) => self.gqa(step, (gqa, weights), angles, cache, x, out),
+            (Mixer::Mla(mla), MixerWeights::Mla(weights)) => self.mla(step, (mla, weights), angles, cache, x, out),
+            _ => unreachable!("weights are loaded from the same description"),
+        }
+    }
+
+    fn gqa(
+        &mut self,
+        step: &Step,
+        (spec, weights): (&Gqa, &GqaWeights),
+        angles: Option<Angles>,
+        cache: &mut LayerCache,
+        x: &[f32],
+        out: &mut [f32],
+    ) {
+        let isa = step.isa;
+        let tokens = step.batch.tokens.len();
+        let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let query = &mut self.query[..tokens * q_width];
+        let key = &mut self.key[..tokens * kv_width];
+        let value = &mut self.value[..tokens * kv_width];
+        linear(isa, x, &weights.q, query);
+        linear(isa, x, &weights.k, key);
+        linear(isa, x, &weights.v, value);
+
+        let epsilon = step.config.norm_epsilon;
+        let mut norm = |q_width: usize, k_width: usize| {
+            rms_norm_in_place(isa, query, weights.q_norm.as_deref(), epsilon, q_width);
+            rms_norm_in_place(isa, key, weights.k_norm.as_deref(), epsilon, k_width);
+        };
+        match spec.qk_norm {
+            QkNorm::PerHead { .. } => norm(spec.head_dim, spec.head_dim),
+            QkNorm::Whole { .. } => norm(q_width, kv_width),
+            QkNorm::None | QkNorm::PerHeadAfterRope { .. } => {}
+        }
+        if let Some(angles) = angles {
+            rotate_heads(&angles, query, q_width, spec.head_dim);
+            rotate_heads(&angles, key, kv_width, spec.head_dim);
+        }
+        if let QkNorm::PerHeadAfterRope { .. } = spec.qk_norm {
+            rms_norm_in_place(isa, query, weights.q_norm.as_deref(), epsilon, spec.head_dim);
+            rms_norm_in_place(isa, key, weights.k_norm.as_deref(), epsilon, spec.head_dim);
+        }
+
+        let [keys, values] = &mut cache.stores[..] else { unreachable!("keys and values") };
+        keys.write(&step.batch.slots, key);
+        values.write(&step.batch.slots, value);
+        let shape = gqa_shape(spec, weights.sinks.as_deref());
+        let mixed = &mut self.mixed[..tokens * q_width];
+        for span in &step.batch.sequences {
+            let rows = span.first * q_width..(span.first + span.tokens) * q_width;
+            let first_position = step.batch.positions[span.first] as usize;
+            let queries = Queries { rows: &query[rows.clone()], first_position };
+            let table = step.batch.table(span);
+            let pages = (&keys.pages(table), &values.pages(table));
+            gqa(isa, &shape, queries, pages, &mut self.spans, &mut mixed[rows]);
+        }
+        linear(isa, mixed, &weights.o, out);
+    }
+
+    fn mla(
+        &mut self,
+        step: &Step,
+        (spec, weights): (&Mla, &MlaWeights),
+        angles: Option<Angles>,
+        cache: &mut LayerCache,
+        x: &[f32],
+        out: &mut [f32],
+    ) {
+        let isa = step.isa;
+        let tokens = step.batch.tokens.len();
+        let (heads, rank, row) = (spec.heads, spec.kv_rank, spec.kv_rank + spec.rope_dim);
+        let head_width = spec.nope_dim + spec.rope_dim;
+        let projected = &mut self.projected[..tokens * heads * head_width];
+        match &weights.query {
+            MlaQueryWeights::Direct(q) => linear(isa, x, q, projected),
+            MlaQueryWeights::LowRank { a, norm, b } => {
+                let width = a.weight.rows();
+                let low_rank = &mut self.low_rank[..tokens * width];
+                linear(isa, x, a, low_rank);
+                rms_norm_in_place(isa, low_rank, Some(norm), spec.latent_epsilon, width);
+                linear(isa, low_rank, b, projected);
+            }
+        }
+        // The new cache rows: latent, normed, then the key part that all heads share, rotated.
+        let key = &mut self.key[..tokens * row];
+        linear(isa, x, &weights.kv_a, key);
+        let latent = RowsMut::strided(key, tokens, row, rank);
+        rms_norm_rows_in_place(isa, latent, Some(&weights.kv_norm), spec.latent_epsilon);
+        if let Some(angles) = angles {
+            for (token, key) in key.chunks_exact_mut(row).enumerate() {
+                angles.rotate(token, &mut key[rank..]);
+            }
+        }
+        let [latents] = &mut cache.stores[..] else { unreachable!("latents only") };
+        latents.write(&step.batch.slots, key);
+
+        // Absorbed queries: per head `[q_nope W_UK | rotated q_rope]`.
+        let query = &mut self.query[..tokens * heads * row];
+        let kv_b = weights.kv_b.weight.view();
+        let w_step = spec.nope_dim + spec.value_dim;
+        let w_uk = Heads { count: heads, x_step: head_width, w_step, out_step: row };
+        let nope = Rows::new(projected, heads * head_width);
+        let absorbed = RowsMut::new(query, heads * row);
+        matmul_transposed_heads(isa, &w_uk, nope, &kv_b.slice(0, spec.nope_dim), absorbed);
+        let pairs = query.chunks_exact_mut(row).zip(projected.chunks_exact(head_width));
+        for (index, (query, projected)) in pairs.enumerate() {
+            query[rank..].copy_from_slice(&projected[spec.nope_dim..]);
+            if let Some(angles) = angles {
+                angles.rotate(index / heads, &mut query[rank..]);
+            }
+        }
+
+        let mixed = &mut self.mixed[..tokens * heads * rank];
+        for span in &step.batch.sequences {
+            let rows = |width: usize| span.first * width..(span.first + span.tokens) * width;
+            let first_position = step.batch.positions[span.first] as usize;
+            let queries = Queries { rows: &query[rows(heads * row)], first_position };
+            let pages = latents.pages(step.batch.table(span));
+            mla(isa, &mla_shape(spec), queries, &pages, &mut self.spans, &mut mixed[rows(heads * rank)]);
+        }
+        let values = &mut self.heads[..tokens * heads * spec.value_dim];
+        let w_uv = Heads { count: heads, x_step: rank, w_step, out_step: spec.value_dim };
+        let rows = RowsMut::new(values, heads * spec.value_dim);
+        matmul_heads(isa, &w_uv, Rows::new(mixed, heads * rank), &kv_b.slice(spec.nope_dim, spec.value_dim), rows);
+        linear(isa, values, &weights.o, out);
+    }
+}
+
+fn linear(isa: Isa, x: &[f32], weights: &LinearWeights, out: &mut [f32]) {
+    matmul(isa, x, &weights.weight.view(), weights.bias.as_deref(), out);
+}
+
+fn rotate_heads(angles: &Angles, rows: &mut [f32], width: usize, head_dim: usize) {
+    for (token, row) in rows.chunks_exact_mut(width).enumerate() {
+        for head in row.chunks_exact_mut(head_dim) {
+            angles.rotate(token, head);
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! The `cpu` runner: our kernels over the mapped bytes, with a paged cache.
+//!
+//! Everything it needs is allocated when it is made; a forward pass allocates nothing. Work is
+//! spread over the rayon pool it is called in. Latent attention is computed in absorbed form for
+//! prompts and decoding alike: one form for every token is what makes a prompt give the same bits
+//! whole or in chunks.
+
+mod attention;
+mod ffn;
+mod scratch;
+
+use std::sync::Arc;
+
+use kernels::attention::PAGE;
+use kernels::matmul::{dequantize_row, matmul};
+use kernels::norm::rms_norm;
+use kernels::rope::fill_cos_sin;
+use kernels::rows::add;
+use kernels::simd::Isa;
+
+use crate::Model;
+use crate::batch::Batch;
+use crate::config::{LayerSpec, Mixer, ModelConfig, Rope};
+use crate::error::{Error, Result};
+use crate::runner::{Capacity, Numerics, Point, Probe, Runner};
+use attention::LayerCache;
+use scratch::Scratch;
+
+/// Runs a model on the host's cores.
+pub struct CpuRunner {
+    model: Arc<Model>,
+    isa: Isa,
+    numerics: Numerics,
+    capacity: Capacity,
+    caches: Vec<LayerCache>,
+    rotations: Rotations,
+    scratch: Scratch,
+}
+
+impl CpuRunner {
+    /// Allocates the cache and all buffers for `capacity`, as [`CpuRunner::plan`] says.
+    pub fn new(model: Arc<Model>, numerics: Numerics, capacity: Capacity) -> Self {
+        Self::with_isa(model, numerics, capacity, Isa::detect())
+    }
+
+    /// As [`CpuRunner::new`] with a given instruction set, for tests: all give the same bits.
+    pub fn with_isa(model: Arc<Model>, numerics: Numerics, capacity: Capacity, isa: Isa) -> Self {
+        let config = &model.config;
+        let slots = capacity.blocks * PAGE;
+        let caches = config.layers.iter().map(|layer| LayerCache::new(layer.cache_rows(), slots, numerics));
+        let caches = caches.collect();
+        let rotations = Rotations::new(config, capacity.batch_tokens);
+        let scratch = Scratch::new(config, &capacity);
+        Self { isa, numerics, capacity, caches, rotations, scratch, model }
+    }
+
+    /// Bytes that [`CpuRunner::new`] would allocate: cache, then everything else.
+    pub fn plan(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> (usize, usize) {
+        let value = match numerics {
+            Numerics::Reference => 4,
+            Numerics::Model => 2,
+        };
+        let cache = config.cache_values_per_token() * value * capacity.blocks * PAGE;
+        (cache, Scratch::bytes(config, capacity))
+    }
+
+    fn check(&self, batch: &Batch, logits: &[f32]) -> Result<()> {
+        let Capacity { blocks, batch_tokens, logit_rows } = self.capacity;
+        let vocab = self.model.config.vocab;
+        let fail = |message: String| Err(Error::Run(message));
+        if let Some(id) = batch.tokens.iter().find(|id| **id as usize >= vocab) {
+            return fail(format!("token {id} is outside the vocabulary of {vocab}"));
+        }
+        if batch.tokens.len() > batch_tokens || batch.logit_rows.len() > logit_rows {
+            let (tokens, rows) = (batch.tokens.len(), batch.logit_rows.len());
+            return fail(format!("{tokens} tokens with {rows} logits exceed {batch_tokens} and {logit_rows}"));
+        }
+        if let Some(slot) = batch.slots.iter().find(|slot| **slot as usize >= blocks * PAGE) {
+            return fail(format!("cache slot {slot} is outside the {blocks} blocks"));
+        }
+        if logits.len() != batch.logit_rows.len() * vocab {
+            return fail(format!("{} logits for {} rows of {vocab}", logits.len(), batch.logit_rows.len()));
+        }
+        Ok(())
+    }
+}
+
+impl Runner for CpuRunner {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn config(&self) -> &ModelConfig {
+        &self.model.config
+    }
+
+    fn numerics(&self) -> Numerics {
+        self.numerics
+    }
+
+    fn forward(&mut self, batch: &Batch, probe: &mut dyn Probe, logits: &mut [f32]) -> Result<()> {
+        self.check(batch, logits)?;
+        let Self { model, isa, caches, rotations, scratch, .. } = self;
+        let (config, weights, isa) = (&model.config, &model.weights, *isa);
+        let (tokens, hidden) = (batch.tokens.len(), config.hidden);
+        if tokens == 0 {
+            return Ok(());
+        }
+        rotations.fill(&batch.positions);
+        let Scratch { stream, normed, output, attention, ffn, last } = scratch;
+        let stream = &mut stream[..tokens * hidden];
+        let normed = &mut normed[..tokens * hidden];
+        let output = &mut output[..tokens * hidden];
+
+        let embedding = weights.embedding.view();
+        for (row, &id) in stream.chunks_exact_mut(hidden).zip(&batch.tokens) {
+            dequantize_row(isa, &embedding, id as usize, row);
+        }
+        report(probe, 0, Point::Embedding, stream);
+
+        for (index, (layer, layer_weights)) in config.layers.iter().zip(&weights.layers).enumerate() {
+            let step = Step { isa, config, layer, weights: layer_weights, batch, index };
+            rms_norm(isa, stream, Some(&layer_weights.input_norm), config.norm_epsilon, hidden, normed);
+            report(probe, index, Point::MixerNorm, normed);
+            attention.run(&step, rotations.of(index), &mut caches[index], normed, output);
+            report(probe, index, Point::MixerOut, output);
+            add(stream, output);
+
+            rms_norm(isa, stream, Some(&layer_weights.post_norm), config.norm_epsilon, hidden, normed);
+            report(probe, index, Point::FfnNorm, normed);
+            ffn.run(&step, probe, normed, output);
+            report(probe, index, Point::FfnOut, output);
+            add(stream, output);
+            report(probe, index, Point::LayerOut, stream);
+        }
+
+        if batch.logit_rows.is_empty() {
+            return Ok(());
+        }
+        let last = &mut last[..batch.logit_rows.len() * hidden];
+        for (row, &token) in last.chunks_exact_mut(hidden).zip(&batch.logit_rows) {
+            row.copy_from_slice(&stream[token as usize * hidden..][..hidden]);
+        }
+        let normed = &mut normed[..last.len().min(tokens * hidden)];
+        rms_norm(isa, last, Some(&weights.final_norm), config.norm_epsilon, hidden, normed);
+        report(probe, config.layers.len() - 1, Point::FinalNorm, normed);
+        matmul(isa, normed, &weights.head.view(), None, logits);
+        Ok(())
+    }
+}
+
+fn report(probe: &mut dyn Probe, layer: usize, point: Point, values: &[f32]) {
+    if probe.wants(layer, point) {
+        probe.value(layer, point, values);
+    }
+}
+
+/// What every part of one layer's pass needs.
+struct Step<'a> {
+    isa: Isa,
+    config: &'a ModelConfig,
+    layer: &'a LayerSpec,
+    weights: &'a crate::weights::LayerWeights,
+    batch: &'a Batch,
+    index: usize,
+}
+
+/// Cosines and sines of one step's positions, once for every distinct rotation of the model.
+struct Rotations {
+    ropes: Vec<Rope>,
+    /// Which of `ropes` a layer uses.
+    by_layer: Vec<Option<usize>>,
+    /// Per rope `[tokens, dim / 2]`.
+    cos: Vec<Vec<f32>>,
+    sin: Vec<Vec<f32>>,
+}
+
+/// The rotation of one layer, ready to apply.
+#[derive(Clone, Copy)]
+struct Angles<'a> {
+    rope: &'a Rope,
+    /// `[tokens, dim / 2]`.
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+impl Rotations {
+    fn new(config: &ModelConfig, batch_tokens: usize) -> Self {
+        let mut ropes: Vec<Rope> = Vec::new();
+        let by_layer = config
+            .layers
+            .iter()
+            .map(|layer| {
+                let rope = match &layer.mixer {
+                    Mixer::Gqa(gqa) => gqa.rope.as_ref(),
+                    Mixer::Mla(mla) => mla.rope.as_ref(),
+                }?;
+                let known = ropes.iter().position(|other| other == rope);
+                Some(known.unwrap_or_else(|| {
+                    ropes.push(rope.clone());
+                    ropes.len() - 1
+                }))
+            })
+            .collect();
+        let table = |rope: &Rope| vec![0.0; batch_tokens * rope.dim / 2];
+        let (cos, sin) = (ropes.iter().map(table).collect(), ropes.iter().map(table).collect());
+        Self { ropes, by_layer, cos, sin }
+    }
+
+    fn fill(&mut self, positions: &[u32]) {
+        for (rope, (cos, sin)) in self.ropes.iter().zip(self.cos.iter_mut().zip(&mut self.sin)) {
+            let half = rope.dim / 2;
+            let rows = cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half));
+            for (&position, (cos, sin)) in positions.iter().zip(rows) {
+                fill_cos_sin(position, &rope.inv_freq, rope.attention_scale, cos, sin);
+            }
+        }
+    }
+
+    fn of(&self, layer: usize) -> Option<Angles<'_>> {
+        let index = self.by_layer[layer]?;
+        Some(Angles { rope: &self.ropes[index], cos: &self.cos[index], sin: &self.sin[index] })
+    }
+}
+
+impl Angles<'_> {
+    /// Rotates one head vector of token `token`.
+    fn rotate(&self, token: usize, head: &mut [f32]) {
+        let half = self.rope.dim / 2;
+        let row = token * half..(token + 1) * half;
+        kernels::rope::rotate(head, &self.cos[row.clone()], &self.sin[row], self.rope.rotation);
+    }
+}
