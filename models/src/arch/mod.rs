@@ -5,19 +5,6 @@
 
 mod common;
 
-mod deepseek_v2;
-mod deepseek_v3;
-mod ernie4_5_moe;
-mod glm4_moe;
-mod glm4_moe_lite;
-mod gpt_oss;
-mod hunyuan_v1_moe;
-mod kimi_k2;
-mod kimi_k25;
-mod minimax_m2;
-mod olmoe;
-mod qwen3_moe;
-
 use serde_json::Value;
 
 use crate::config::ModelConfig;
@@ -25,20 +12,28 @@ use crate::error::{Error, Result};
 
 type Describe = fn(&Value) -> Result<ModelConfig>;
 
-const ARCHITECTURES: &[(&str, Describe)] = &[
-    ("deepseek_v2", deepseek_v2::describe),
-    ("deepseek_v3", deepseek_v3::describe),
-    ("ernie4_5_moe", ernie4_5_moe::describe),
-    ("glm4_moe", glm4_moe::describe),
-    ("glm4_moe_lite", glm4_moe_lite::describe),
-    ("gpt_oss", gpt_oss::describe),
-    ("hunyuan_v1_moe", hunyuan_v1_moe::describe),
-    ("kimi_k2", kimi_k2::describe),
-    ("kimi_k25", kimi_k25::describe),
-    ("minimax_m2", minimax_m2::describe),
-    ("olmoe", olmoe::describe),
-    ("qwen3_moe", qwen3_moe::describe),
-];
+/// Declares the module of every architecture and the table that finds it.
+macro_rules! architectures {
+    ($($name:ident,)*) => {
+        $(mod $name;)*
+        const ARCHITECTURES: &[(&str, Describe)] = &[$((stringify!($name), $name::describe),)*];
+    };
+}
+
+architectures! {
+    deepseek_v2,
+    deepseek_v3,
+    ernie4_5_moe,
+    glm4_moe,
+    glm4_moe_lite,
+    gpt_oss,
+    hunyuan_v1_moe,
+    kimi_k2,
+    kimi_k25,
+    minimax_m2,
+    olmoe,
+    qwen3_moe,
+}
 
 /// Every `model_type` that can be run.
 pub fn supported() -> impl Iterator<Item = &'static str> {
