@@ -31,6 +31,7 @@ architectures! {
     kimi_k2,
     kimi_k25,
     minimax_m2,
+    mixtral,
     olmoe,
     qwen3_moe,
 }
