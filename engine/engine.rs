@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use models::batch::PAGE_TOKENS;
 use models::{Batch, NoProbe, Runner, WantLogits};
@@ -21,6 +21,9 @@ use crate::scheduler::{Progress, Share, schedule};
 use crate::sequence::{Parts, Sequence, Step};
 use crate::stop::StopMatcher;
 use crate::tokenizer::Tokenizer;
+
+/// How often waiting callers are asked whether they still wait.
+const ASK_EVERY: Duration = Duration::from_millis(100);
 
 /// Limits of an engine, fixed at start. The runner must have been made for them.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +105,7 @@ impl Engine {
             batch: Batch::default(),
             logits: vec![0.0; options.running * vocab],
             scratch: Scratch::new(vocab),
+            asked: Instant::now(),
         };
         // Inside the pool, so that a step's parallel parts need no hand-over to it.
         let body = move || pool.install(|| state.run());
@@ -188,11 +192,14 @@ struct State {
     batch: Batch,
     logits: Vec<f32>,
     scratch: Scratch,
+    /// When the waiting were last asked whether they still wait.
+    asked: Instant,
 }
 
 impl State {
     fn run(&mut self) {
         while self.receive() {
+            self.forget_gone();
             self.admit();
             self.step();
             self.retire();
@@ -215,6 +222,20 @@ impl State {
         }
         self.waiting.extend(self.arrivals.try_iter());
         !self.shared.stopping.load(Ordering::Acquire)
+    }
+
+    /// Asks those who wait, now and then, whether they are still there, so that callers who left do
+    /// not fill the queue.
+    fn forget_gone(&mut self) {
+        if self.asked.elapsed() < ASK_EVERY {
+            return;
+        }
+        self.asked = Instant::now();
+        let before = self.waiting.len();
+        self.waiting.retain_mut(|Arrival { request, parts }| {
+            (parts.sink)(Event::Prefill { done: 0, total: request.prompt.len() })
+        });
+        self.shared.waiting.fetch_sub(before - self.waiting.len(), Ordering::AcqRel);
     }
 
     /// First come first served: a request that does not fit yet holds back those behind it.

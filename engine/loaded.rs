@@ -108,7 +108,10 @@ impl Loaded {
     /// If the model has no template, or the template refuses the messages.
     pub fn chat_prompt(&self, messages: &[Value], content_specials: Specials) -> Result<Vec<u32>, Error> {
         let template = self.template.as_ref().ok_or_else(|| {
-            Error::Unsupported(format!("{} has no chat template; use --raw to continue plain text", self.name))
+            Error::Unsupported(format!(
+                "{} has no chat template; use --raw to continue plain text",
+                self.name
+            ))
         })?;
         let prompt: RenderedPrompt = template.render(&ChatInput {
             messages,

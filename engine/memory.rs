@@ -29,7 +29,12 @@ pub struct MemoryPlan {
 
 impl MemoryPlan {
     /// The plan for one engine on the cpu runner.
-    pub fn new(config: &ModelConfig, weight_bytes: usize, numerics: Numerics, options: &EngineOptions) -> Self {
+    pub fn new(
+        config: &ModelConfig,
+        weight_bytes: usize,
+        numerics: Numerics,
+        options: &EngineOptions,
+    ) -> Self {
         let (cache_bytes, runner_bytes) = CpuRunner::plan(config, numerics, &options.capacity());
         // Logits of every running request, and the sampler's copy and candidates of one.
         let logits = config.vocab * (4 * options.running + 20);
@@ -90,7 +95,8 @@ pub fn fit(
     };
     if let Some(context) = context {
         if context > longest {
-            let message = format!("--context {context} is more than the {longest} tokens the model was made for");
+            let message =
+                format!("--context {context} is more than the {longest} tokens the model was made for");
             return Err(Error::Unsupported(message));
         }
         let (options, plan) = plan(context);

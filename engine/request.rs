@@ -125,13 +125,30 @@ pub struct Summary {
 /// What a request's sink receives, in this order: any `Prefill`, any `Token`, one of the last two.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// Prompt tokens read so far.
-    Prefill { done: usize, total: usize },
+    /// Progress on the prompt; also sent now and then while the request waits.
+    Prefill {
+        /// Prompt tokens read so far.
+        done: usize,
+        /// Prompt tokens.
+        total: usize,
+    },
     /// One generated token. `text` is what became printable by it: whole UTF-8 characters, possibly
     /// none, held back while it may be the beginning of a stop string.
-    Token { id: u32, text: String, logprobs: Option<TokenLogprobs> },
-    /// The end; `text` is what was still held back.
-    Finished { text: String, summary: Summary },
+    Token {
+        /// Its id.
+        id: u32,
+        /// New text.
+        text: String,
+        /// If asked for.
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The end.
+    Finished {
+        /// What was still held back.
+        text: String,
+        /// Counts and times.
+        summary: Summary,
+    },
     /// The engine failed on this request.
     Failed(String),
 }
@@ -142,11 +159,26 @@ pub enum SubmitError {
     /// No prompt token.
     EmptyPrompt,
     /// Prompt (plus the demanded tokens) exceed the context.
-    ContextExceeded { prompt_tokens: usize, max_tokens: usize, context: usize },
+    ContextExceeded {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens asked for, at least 1.
+        max_tokens: usize,
+        /// What there is.
+        context: usize,
+    },
     /// A field is out of range.
-    Invalid { param: &'static str, message: String },
+    Invalid {
+        /// The field, as the API names it.
+        param: &'static str,
+        /// What is wrong.
+        message: String,
+    },
     /// The waiting queue is full.
-    QueueFull { limit: usize },
+    QueueFull {
+        /// Requests that may wait.
+        limit: usize,
+    },
     /// The engine is stopping or has failed.
     Stopped,
 }

@@ -113,7 +113,8 @@ impl Session {
         let model = &loaded.model;
         let weights = model.weight_bytes();
         let sequences = options.sequences.max(1);
-        let (limits, plan) = memory::fit(&model.config, weights, options.numerics(), options.context, sequences)?;
+        let (limits, plan) =
+            memory::fit(&model.config, weights, options.numerics(), options.context, sequences)?;
         let pool = options.pool()?;
         let threads = pool.current_num_threads();
         let runner = options.runner(model, limits.capacity())?;
@@ -155,9 +156,8 @@ impl Session {
         let (sender, receiver) = channel();
         let cancelled = Arc::new(std::sync::atomic::AtomicBool::new(false));
         let flag = Arc::clone(&cancelled);
-        let sink = move |event| {
-            sender.send(event).is_ok() && !flag.load(std::sync::atomic::Ordering::Relaxed)
-        };
+        let sink =
+            move |event| sender.send(event).is_ok() && !flag.load(std::sync::atomic::Ordering::Relaxed);
         self.engine.submit(request, Box::new(sink))?;
         let (mut text, mut token_ids) = (String::new(), Vec::new());
         for event in receiver {

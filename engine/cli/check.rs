@@ -78,7 +78,10 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode, Error> {
         for row in &report.rows {
             let mark = if report.first.as_ref() == Some(row) { "  <- first over tolerance" } else { "" };
             let (layer, point) = (row.layer, row.point);
-            table.push_str(&format!("{layer:>5}  {point:<15} {:>9.1e} {:>9.1e}{mark}\n", row.relative_l2, row.max_abs));
+            table.push_str(&format!(
+                "{layer:>5}  {point:<15} {:>9.1e} {:>9.1e}{mark}\n",
+                row.relative_l2, row.max_abs
+            ));
         }
         print(&table)?;
     }

@@ -76,9 +76,7 @@ impl<'a> Summary<'a> {
 
     fn json(&self) -> Value {
         let config = &self.model.config;
-        let totals = |total: &Total| {
-            json!({"tensors": total.tensors, "parameters": total.parameters, "bytes": total.bytes})
-        };
+        let totals = |total: &Total| json!({"tensors": total.tensors, "parameters": total.parameters, "bytes": total.bytes});
         let by_role: serde_json::Map<String, Value> =
             self.by_role.iter().map(|(role, total)| (role.as_str().to_owned(), totals(total))).collect();
         let skipped: serde_json::Map<String, Value> =
@@ -126,7 +124,8 @@ impl<'a> Summary<'a> {
             self.formats.iter().map(|(format, bytes)| format!("{format} {}", Bytes(*bytes))).collect();
         let _ = writeln!(out, "stored as      {}", formats.join(", "));
         for (reason, total) in &self.skipped {
-            let _ = writeln!(out, "skipped        {} tensors, {} ({reason})", total.tensors, Bytes(total.bytes));
+            let _ =
+                writeln!(out, "skipped        {} tensors, {} ({reason})", total.tensors, Bytes(total.bytes));
         }
         let values = config.cache_values_per_token();
         let _ = writeln!(out, "KV cache       {} per token (f32: {})", Bytes(values * 2), Bytes(values * 4));
@@ -154,7 +153,10 @@ fn experts_line(model: &Model) -> Option<String> {
     model.config.layers.iter().find_map(|layer| match &layer.ffn {
         Ffn::Moe(moe) => {
             let shared = if moe.shared.is_some() { " and a shared one" } else { "" };
-            Some(format!("{} of {} per token{shared}, {} wide", moe.rule.top_k, moe.rule.experts, moe.intermediate))
+            Some(format!(
+                "{} of {} per token{shared}, {} wide",
+                moe.rule.top_k, moe.rule.experts, moe.intermediate
+            ))
         }
         Ffn::Dense(_) => None,
     })
@@ -162,8 +164,12 @@ fn experts_line(model: &Model) -> Option<String> {
 
 fn attention_line(model: &Model) -> String {
     match model.config.layers.first().map(|layer| &layer.mixer) {
-        Some(Mixer::Mla(mla)) => format!("latent (MLA), {} heads, {} + {} cached", mla.heads, mla.kv_rank, mla.rope_dim),
-        Some(Mixer::Gqa(gqa)) => format!("grouped, {} heads, {} key heads of {}", gqa.heads, gqa.kv_heads, gqa.head_dim),
+        Some(Mixer::Mla(mla)) => {
+            format!("latent (MLA), {} heads, {} + {} cached", mla.heads, mla.kv_rank, mla.rope_dim)
+        }
+        Some(Mixer::Gqa(gqa)) => {
+            format!("grouped, {} heads, {} key heads of {}", gqa.heads, gqa.kv_heads, gqa.head_dim)
+        }
         None => "none".into(),
     }
 }

@@ -36,7 +36,8 @@ impl Progress {
             };
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
             let style = ProgressStyle::with_template(template).expect("the template is constant");
-            self.bar = Some(bar.with_style(style).with_message(self.label).with_elapsed(self.begun.elapsed()));
+            self.bar =
+                Some(bar.with_style(style).with_message(self.label).with_elapsed(self.begun.elapsed()));
         }
         if let Some(bar) = &self.bar {
             bar.set_length(total);

@@ -93,7 +93,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode, Error> {
     let mut prompt = args.prompt.clone();
     if prompt.is_none() && !interactive {
         let piped = read_stdin()?;
-        prompt = if piped.is_empty() && args.model == DEMO { Some(DEMO_PROMPT.to_owned()) } else { Some(piped) };
+        prompt =
+            if piped.is_empty() && args.model == DEMO { Some(DEMO_PROMPT.to_owned()) } else { Some(piped) };
     }
     if prompt.as_deref().is_some_and(str::is_empty) {
         return Ok(usage("the prompt is empty"));
@@ -199,7 +200,12 @@ pub fn statistics(session: &Session, options: &SessionOptions, summary: &Summary
 }
 
 /// The object of `run --json`.
-fn result(session: &Session, options: &SessionOptions, answer: &Answer, load_seconds: f64) -> serde_json::Value {
+fn result(
+    session: &Session,
+    options: &SessionOptions,
+    answer: &Answer,
+    load_seconds: f64,
+) -> serde_json::Value {
     let summary = &answer.summary;
     let (prefill, decode) = rates(summary);
     json!({

@@ -69,7 +69,11 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, Error> {
             served_model_name: args.served_model_name.clone().unwrap_or_else(|| served_name(&args.model)),
             default_sampling: sampling,
             default_max_tokens: args.sampling.max_tokens.or(defaults.max_tokens),
-            stop_token_ids: if args.sampling.ignore_eos { Vec::new() } else { defaults.stop_token_ids.clone() },
+            stop_token_ids: if args.sampling.ignore_eos {
+                Vec::new()
+            } else {
+                defaults.stop_token_ids.clone()
+            },
             content_specials: if args.parse_content_specials { Specials::Parse } else { Specials::Plain },
             ..ServerOptions::default()
         },

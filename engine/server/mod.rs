@@ -25,6 +25,7 @@ use std::time::Duration;
 use std::{fmt, io};
 
 use axum::Router;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request as HttpRequest, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -293,7 +294,9 @@ async fn models(State(shared): State<Arc<Shared>>) -> Response {
     ok(&json!({"object": "list", "data": data}))
 }
 
-async fn model(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Response {
+async fn model(State(shared): State<Arc<Shared>>, id: Result<Path<String>, PathRejection>) -> Response {
+    // Not UTF-8, so nobody's name.
+    let Ok(Path(id)) = id else { return ApiError::not_found().into_response() };
     if shared.state.options.serves(&id) {
         return ok(&model_object(&shared, &id));
     }

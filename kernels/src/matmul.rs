@@ -17,6 +17,8 @@ use transposed::Transposed;
 
 /// Multiply-adds below which a product stays on its thread.
 const SMALL: usize = 64 * 1024;
+/// Columns of a transposed product below which they are not cut: shorter runs of each row are slow to read.
+const MIN_COLUMNS: usize = 256;
 /// Rows of x from which on they are cut, too.
 const MANY_TOKENS: usize = 64;
 
@@ -198,7 +200,7 @@ pub(crate) fn transposed(isa: Isa, grain: usize, p: Transposed<'_>) {
     if tokens * width * p.w.rows <= grain {
         return isa.run(p);
     }
-    if width >= 4 * LANES {
+    if width >= 2 * MIN_COLUMNS {
         let at = (width / 2).next_multiple_of(LANES);
         let (left, right) = p.out.split_columns(at);
         let (bias_left, bias_right) = p.bias.map(|b| b.split_at(at)).unzip();

@@ -76,7 +76,7 @@ impl Isa {
     #[inline]
     pub(crate) fn run<W: Work>(self, work: W) -> W::Output {
         match self {
-            Self::Portable => work.run(portable::Portable),
+            Self::Portable => portable::Portable.enter(work),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::Avx2::new().expect("this processor has no AVX2").enter(work),
             #[cfg(target_arch = "x86_64")]
@@ -102,6 +102,9 @@ pub(crate) trait Work {
 pub(crate) trait Lanes: Copy {
     /// 32 values.
     type V: Copy;
+
+    /// Runs `work` in a function of its own, compiled once for all callers.
+    fn enter<W: Work>(self, work: W) -> W::Output;
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &[f32; LANES]) -> Self::V;

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Format, Random, Weight};
+use kernels::Isa;
 use kernels::attention::{CacheSlice, Mla, PAGE, Pages, Queries, SPAN, mla};
 use kernels::experts::{
     Activation, Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, ffn, ffn_scratch_len, run_experts,
@@ -10,7 +11,6 @@ use kernels::experts::{
 use kernels::matmul::{matmul, matmul_transposed};
 use kernels::norm::rms_norm;
 use kernels::route::{Normalise, RouterRule, Score, route};
-use kernels::Isa;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -101,7 +101,12 @@ fn gqa_meets_the_reference() {
                     for isa in Isa::available() {
                         let mut out = vec![f32::NAN; want.len()];
                         gqa(isa, &shape, queries, (&keys.pages(), &values.pages()), &mut [], &mut out);
-                        assert_close_overall(&out, &want, 4e-6, &format!("{shape:?} {kind:?} {first_position}"));
+                        assert_close_overall(
+                            &out,
+                            &want,
+                            4e-6,
+                            &format!("{shape:?} {kind:?} {first_position}"),
+                        );
                         assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{isa:?} {shape:?}");
                     }
                 }

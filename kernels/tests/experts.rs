@@ -148,9 +148,11 @@ fn threads_change_nothing() {
     let mut random = Random(23);
     let isa = Isa::detect();
     let (experts, top_k, hidden, inter) = (6, 2, 352, 320);
-    for (format, layout) in
-        [(Format::Int4, Layout::Separate), (Format::Mxfp4, Layout::Interleaved), (Format::Bf16, Layout::Transposed)]
-    {
+    for (format, layout) in [
+        (Format::Int4, Layout::Separate),
+        (Format::Mxfp4, Layout::Interleaved),
+        (Format::Bf16, Layout::Transposed),
+    ] {
         let all: Vec<Expert> =
             (0..experts).map(|_| Expert::random(&mut random, format, layout, hidden, inter)).collect();
         for tokens in [1, 90] {

@@ -215,7 +215,13 @@ fn per_head_products() {
         let up_value = weight.matrix().slice(nope, value);
         let steps = Heads { count: heads, x_step: latent + rope, w_step: nope + value, out_step: value };
         let mut out = vec![7.0; tokens * heads * value];
-        matmul_heads(isa, &steps, Rows::new(&absorbed, width), &up_value, RowsMut::new(&mut out, heads * value));
+        matmul_heads(
+            isa,
+            &steps,
+            Rows::new(&absorbed, width),
+            &up_value,
+            RowsMut::new(&mut out, heads * value),
+        );
 
         for t in 0..tokens {
             for h in 0..heads {

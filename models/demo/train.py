@@ -8,11 +8,13 @@ The architecture and the file layout are those of Kimi K2-Thinking, only very sm
 layer, then layers with sigmoid-routed experts plus one shared expert, experts stored as INT4 in groups of 32.
 The last 10 % of the text is held out; the tokenizer and the model never see it.
 """
-import argparse, base64, collections, json, math, os, time
-import numpy as np, regex, torch
+import argparse, base64, json, math, os, time
+import numpy as np, torch
 import torch.nn as nn, torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from bpe import Tokenizer, train_bpe
 
 # ------------------------------------------------------------------------------------------------ configuration
 N_MERGES = 242                      # 256 bytes + 242 merges + 14 specials = 512 rows
@@ -25,7 +27,7 @@ CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2",
     "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "bos_token_id": BOS,
     "eos_token_id": EOS, "pad_token_id": PAD, "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 256,
-    "initializer_range": 0.02, "intermediate_size": 768, "kv_lora_rank": 64, "max_position_embeddings": 4096,
+    "initializer_range": 0.02, "intermediate_size": 768, "kv_lora_rank": 64, "max_position_embeddings": 2048,
     "moe_intermediate_size": 128, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 16, "n_shared_experts": 1,
     "norm_topk_prob": True, "num_attention_heads": 4, "num_experts_per_tok": 4, "num_hidden_layers": 5,
     "num_key_value_heads": 4, "num_nextn_predict_layers": 0, "pretraining_tp": 1, "q_lora_rank": 128,
@@ -48,62 +50,6 @@ CONFIG = {
 CHAT_TEMPLATE = ("{%- for message in messages -%}{{ message['content'] }}"
                  "{%- if message['role'] == 'assistant' -%}{{ '\\n\\n' }}{%- else -%}{{ '\\n' }}{%- endif -%}"
                  "{%- endfor -%}")
-
-# ---------------------------------------------------------------------------------------------------- tokenizer
-_CASED = r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
-_WORD = r"[^\r\n\p{L}\p{N}]?"
-_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PIECES = regex.compile("|".join([
-    r"[\p{Han}]+", _WORD + rf"[\p{{Lu}}\p{{Lt}}{_CASED}]*[\p{{Ll}}{_CASED}]+" + _SUFFIX,
-    _WORD + rf"[\p{{Lu}}\p{{Lt}}{_CASED}]+[\p{{Ll}}{_CASED}]*" + _SUFFIX,
-    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]), regex.V1)
-
-
-def train_bpe(text, n_merges):
-    """Byte-level BPE; returns the token byte strings in rank order (the 256 single bytes first)."""
-    words = [[[bytes([b]) for b in piece.encode()], n] for piece, n in collections.Counter(PIECES.findall(text)).items()]
-    tokens = [bytes([b]) for b in range(256)]
-    for _ in range(n_merges):
-        pairs = collections.Counter()
-        for parts, n in words:
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += n
-        a, b = max(pairs, key=lambda p: (pairs[p], p))       # ties broken by content: deterministic
-        tokens.append(a + b)
-        for word in words:
-            parts, i = word[0], 0
-            while i < len(parts) - 1:
-                if parts[i] == a and parts[i + 1] == b:
-                    parts[i:i + 2] = [a + b]
-                i += 1
-    assert len(set(tokens)) == len(tokens)
-    return tokens
-
-
-class Tokenizer:
-    def __init__(self, tokens):
-        self.tokens, self.ranks, self.cache = tokens, {t: r for r, t in enumerate(tokens)}, {}
-
-    def _piece(self, piece):
-        parts = [bytes([b]) for b in piece.encode()]
-        while len(parts) > 1:                                # the tiktoken rule: lowest rank first, leftmost on ties
-            rank, i = min((self.ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-            if rank == 1 << 30:
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        return [self.ranks[p] for p in parts]
-
-    def encode(self, text):
-        ids = []
-        for piece in PIECES.findall(text):
-            if piece not in self.cache:
-                self.cache[piece] = self._piece(piece)
-            ids += self.cache[piece]
-        return ids
-
-    def decode(self, ids):
-        return b"".join(self.tokens[i] for i in ids if i < len(self.tokens))
-
 
 # -------------------------------------------------------------------------------------------------------- INT4
 def quantize(w):

@@ -5,9 +5,9 @@
 
 pub mod arch;
 pub mod batch;
+pub mod check;
 pub mod checkpoint;
 pub mod config;
-pub mod check;
 pub mod cpu;
 pub mod error;
 pub mod fields;

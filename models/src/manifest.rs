@@ -7,7 +7,9 @@ use kernels::format::{FP8_BLOCK, GROUP};
 use safetensors::tensor::Dtype;
 
 use crate::checkpoint::Checkpoint;
-use crate::config::{Experts, Ffn, Gqa, LayerSpec, Linear, Mixer, Mla, MlaQuery, Mlp, ModelConfig, Moe, QkNorm};
+use crate::config::{
+    Experts, Ffn, Gqa, LayerSpec, Linear, Mixer, Mla, MlaQuery, Mlp, ModelConfig, Moe, QkNorm,
+};
 use crate::error::{Error, Result};
 use crate::quant::Stored;
 
@@ -93,7 +95,14 @@ pub fn manifest(config: &ModelConfig, present: &dyn Fn(&str) -> bool) -> Result<
 }
 
 impl Manifest<'_> {
-    fn push(&mut self, name: String, dtypes: &'static [Dtype], shape: Vec<usize>, role: Role, parameters: usize) {
+    fn push(
+        &mut self,
+        name: String,
+        dtypes: &'static [Dtype],
+        shape: Vec<usize>,
+        role: Role,
+        parameters: usize,
+    ) {
         self.tensors.push(TensorSpec { name, dtypes, shape, role, parameters });
     }
 
@@ -120,7 +129,9 @@ impl Manifest<'_> {
         }
         let widths = match &gqa.qk_norm {
             QkNorm::None => None,
-            QkNorm::PerHead { q, k } | QkNorm::PerHeadAfterRope { q, k } => Some((q, k, gqa.head_dim, gqa.head_dim)),
+            QkNorm::PerHead { q, k } | QkNorm::PerHeadAfterRope { q, k } => {
+                Some((q, k, gqa.head_dim, gqa.head_dim))
+            }
             QkNorm::Whole { q, k } => Some((q, k, gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim)),
         };
         if let Some((q, k, q_width, k_width)) = widths {
@@ -177,7 +188,9 @@ impl Manifest<'_> {
             }
             Experts::PerExpert { prefix, gate, up, down } => {
                 for e in 0..experts {
-                    for (part, rows, cols) in [(gate, inter, hidden), (up, inter, hidden), (down, hidden, inter)] {
+                    for (part, rows, cols) in
+                        [(gate, inter, hidden), (up, inter, hidden), (down, hidden, inter)]
+                    {
                         let name = format!("{prefix}.{e}.{part}");
                         self.linear(&Linear { name, rows, cols, bias: false }, role)?;
                     }
@@ -185,13 +198,20 @@ impl Manifest<'_> {
             }
             Experts::GptOss { prefix } => {
                 let quantised = self.config.quantisation.stored(prefix) == Stored::Mxfp4;
-                for (part, rows, cols) in [("gate_up_proj", 2 * inter, hidden), ("down_proj", hidden, inter)] {
+                for (part, rows, cols) in [("gate_up_proj", 2 * inter, hidden), ("down_proj", hidden, inter)]
+                {
                     let name = format!("{prefix}.{part}");
                     if quantised {
                         groups_of_32(&name, cols)?;
                         let groups = vec![experts, rows, cols / GROUP];
                         let blocks = [&groups[..], &[GROUP / 2]].concat();
-                        self.push(format!("{name}_blocks"), &[Dtype::U8], blocks, role, experts * rows * cols);
+                        self.push(
+                            format!("{name}_blocks"),
+                            &[Dtype::U8],
+                            blocks,
+                            role,
+                            experts * rows * cols,
+                        );
                         self.push(format!("{name}_scales"), &[Dtype::U8], groups, role, 0);
                     } else {
                         self.plain(&name, &[experts, cols, rows], role);
@@ -215,7 +235,13 @@ impl Manifest<'_> {
             }
             Stored::Int4 => {
                 groups_of_32(name, *cols)?;
-                self.push(format!("{name}.weight_packed"), &[Dtype::I32], vec![*rows, cols / 8], role, parameters);
+                self.push(
+                    format!("{name}.weight_packed"),
+                    &[Dtype::I32],
+                    vec![*rows, cols / 8],
+                    role,
+                    parameters,
+                );
                 self.push(format!("{name}.weight_scale"), &[Dtype::BF16], vec![*rows, cols / GROUP], role, 0);
                 self.push(format!("{name}.weight_shape"), &[Dtype::I64, Dtype::I32], vec![2], role, 0);
             }

@@ -48,7 +48,10 @@ impl Pattern {
         if let Some(expression) = text.strip_prefix("re:") {
             let anchored = format!("^(?:{expression})");
             let regex = regex::Regex::new(&anchored).map_err(|error| {
-                Error::config("quantization_config.ignore", format!("{text:?} is no regular expression: {error}"))
+                Error::config(
+                    "quantization_config.ignore",
+                    format!("{text:?} is no regular expression: {error}"),
+                )
             })?;
             Ok(Self::Regex(regex))
         } else if text.contains('*') {
@@ -106,13 +109,15 @@ impl Quantisation {
         let Some(config) = value.filter(|v| !v.is_null()) else { return Ok(Self::default()) };
         let field = |name: &str| format!("quantization_config.{name}");
         let text = |name: &str| config.get(name).and_then(Value::as_str);
-        let method = text("quant_method").ok_or_else(|| Error::config(field("quant_method"), "is missing"))?;
+        let method =
+            text("quant_method").ok_or_else(|| Error::config(field("quant_method"), "is missing"))?;
         let (stored, ignore_field) = match method {
             "fp8" => {
                 expect(config, "fmt", &["e4m3"])?;
                 let block = config.get("weight_block_size");
                 if block.is_none_or(|b| *b != serde_json::json!([128, 128])) {
-                    let message = format!("only [128, 128] is supported, not {}", block.unwrap_or(&Value::Null));
+                    let message =
+                        format!("only [128, 128] is supported, not {}", block.unwrap_or(&Value::Null));
                     return Err(Error::config(field("weight_block_size"), message));
                 }
                 (Stored::Fp8, "modules_to_not_convert")
@@ -167,7 +172,8 @@ fn expect(config: &Value, name: &str, allowed: &[&str]) -> Result<()> {
 
 /// Accepts one group: INT4, symmetric, groups of 32, no activation quantisation, `pack-quantized`.
 fn compressed_tensors(config: &Value) -> Result<()> {
-    let fail = |field: &str, message: String| Err(Error::config(format!("quantization_config.{field}"), message));
+    let fail =
+        |field: &str, message: String| Err(Error::config(format!("quantization_config.{field}"), message));
     if config.get("format").and_then(Value::as_str) != Some("pack-quantized") {
         let found = config.get("format").unwrap_or(&Value::Null);
         return fail("format", format!("{found} is not supported (only \"pack-quantized\")"));

@@ -78,7 +78,9 @@ pub fn read(fields: &Fields, dim: usize, rotation: Rotation, default_theta: f64)
                     (plain(stretched, 1.0), 1.0)
                 }
                 other => {
-                    let message = format!("{other:?} is not supported (default, linear, yarn, llama3, dynamic with alpha are)");
+                    let message = format!(
+                        "{other:?} is not supported (default, linear, yarn, llama3, dynamic with alpha are)"
+                    );
                     return Err(Error::config(scaling.path("rope_type"), message));
                 }
             };

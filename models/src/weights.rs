@@ -6,7 +6,9 @@ use kernels::format::{Matrix, Values};
 use safetensors::tensor::Dtype;
 
 use crate::checkpoint::{Bytes, Checkpoint};
-use crate::config::{Experts, Ffn, Gqa, LayerSpec, Linear, Mixer, Mla, MlaQuery, Mlp, ModelConfig, Moe, QkNorm};
+use crate::config::{
+    Experts, Ffn, Gqa, LayerSpec, Linear, Mixer, Mla, MlaQuery, Mlp, ModelConfig, Moe, QkNorm,
+};
 use crate::error::{Error, Result};
 use crate::manifest::{self, Skipped};
 use crate::quant::Stored;
@@ -263,7 +265,8 @@ impl Loader<'_> {
     /// A small tensor widened to f32.
     fn vector(&self, name: &str) -> Result<Vec<f32>> {
         let (dtype, bytes) = self.entry(name)?;
-        widen(dtype, bytes.as_slice()).ok_or_else(|| Error::tensor(name, format!("is {dtype:?}, not a float")))
+        widen(dtype, bytes.as_slice())
+            .ok_or_else(|| Error::tensor(name, format!("is {dtype:?}, not a float")))
     }
 
     fn plain(&self, name: &str, shape: &[usize]) -> Result<Weight> {
@@ -368,12 +371,17 @@ impl Loader<'_> {
     }
 
     fn mlp(&self, mlp: &Mlp) -> Result<MlpWeights> {
-        Ok(MlpWeights { gate: self.linear(&mlp.gate)?, up: self.linear(&mlp.up)?, down: self.linear(&mlp.down)? })
+        Ok(MlpWeights {
+            gate: self.linear(&mlp.gate)?,
+            up: self.linear(&mlp.up)?,
+            down: self.linear(&mlp.down)?,
+        })
     }
 
     fn moe(&self, moe: &Moe) -> Result<MoeWeights> {
         let router = LinearWeights {
-            weight: self.plain(&format!("{}.weight", moe.router.name), &[moe.rule.experts, self.config.hidden])?,
+            weight: self
+                .plain(&format!("{}.weight", moe.router.name), &[moe.rule.experts, self.config.hidden])?,
             bias: self.bias(&moe.router)?,
         };
         Ok(MoeWeights {
@@ -418,7 +426,13 @@ impl Loader<'_> {
         }
     }
 
-    fn gpt_oss_experts(&self, prefix: &str, count: usize, hidden: usize, inter: usize) -> Result<Vec<ExpertWeights>> {
+    fn gpt_oss_experts(
+        &self,
+        prefix: &str,
+        count: usize,
+        hidden: usize,
+        inter: usize,
+    ) -> Result<Vec<ExpertWeights>> {
         let quantised = self.config.quantisation.stored(prefix) == Stored::Mxfp4;
         // Stored `[E, out, in]` in MXFP4 and `[E, in, out]` otherwise.
         let part = |part: &str, out: usize, cols: usize| -> Result<(Weight, usize, Vec<f32>)> {

@@ -8,8 +8,8 @@ use crate::rows::RowsMut;
 use crate::simd::{Isa, LANES, Lanes, Work, exp, silu};
 
 /// Columns activated at a time; cuts are multiples of it.
-pub(super) const BLOCK: usize = LANES;
-/// Rows of x at a time: gate and up of a block are 8 KiB of stack.
+pub(super) const BLOCK: usize = 4 * LANES;
+/// Rows of x at a time: gate and up of a block are 32 KiB of stack, and as much again interleaved.
 const TOKENS: usize = 32;
 
 /// `out[t, j]` = the activation of gate and up `first + j` of `x[t]`.

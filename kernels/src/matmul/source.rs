@@ -238,18 +238,3 @@ fn e8m0_scale([s]: [u8; 1]) -> f32 {
         _ => f32::from_bits(u32::from(s) << 23),
     }
 }
-
-/// A dequantised row, filled with zeros to whole chunks.
-#[derive(Clone, Copy)]
-pub(crate) struct Dequantised<'a>(pub(crate) &'a [[f32; LANES]]);
-
-impl Row for Dequantised<'_> {
-    #[inline(always)]
-    fn chunk<L: Lanes>(&self, l: L, index: usize) -> L::V {
-        l.load(&self.0[index])
-    }
-    #[inline(always)]
-    fn tail<L: Lanes>(&self, _: L) -> L::V {
-        unreachable!("filled to whole chunks")
-    }
-}

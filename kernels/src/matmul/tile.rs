@@ -1,6 +1,6 @@
 //! A tile of weight rows against rows of x, on one thread.
 
-use super::source::{Dequantised, Row, Source, with_source};
+use super::source::{Row, Source, with_source};
 use crate::format::{Matrix, Values};
 use crate::rows::{Rows, RowsMut};
 use crate::simd::{LANES, Lanes, Work, padded};
@@ -9,10 +9,16 @@ use crate::simd::{LANES, Lanes, Work, padded};
 const TILE_ROWS: usize = 4;
 /// Rows of x multiplied at a time: 4 x 3 accumulators of two 512-bit registers leave 8 for operands.
 const TILE_TOKENS: usize = 3;
-/// Chunks of a weight row dequantised at a time: 4 rows of 1024 f32 are 16 KiB, half an L1 cache.
-const TILE_CHUNKS: usize = 32;
-/// Rows of x whose accumulators (16 KiB) wait while the next chunks are dequantised.
+/// Tiles of weight rows dequantised at a time, which halves how often x comes from the second cache.
+const TILES: usize = 2;
+/// Chunks of a weight row dequantised at a time: 8 rows of 768 f32 are 24 KiB, half a first cache, and
+/// three rows of x fit beside them.
+const TILE_CHUNKS: usize = 24;
+/// Rows of x whose accumulators (32 KiB) wait while the next chunks are dequantised.
 const TOKENS: usize = 32;
+
+/// Lanes of the products of one row of x with the weight rows of a tile.
+type TileLanes = [[f32; LANES]; TILE_ROWS];
 
 /// Rows of x, perhaps picked: row t is `x.row(picks[t])`.
 #[derive(Clone, Copy)]
@@ -94,50 +100,45 @@ impl Product<'_> {
     /// Many rows of x: weights are dequantised once per [`TOKENS`] of them.
     #[inline(always)]
     fn many<L: Lanes, S: Source>(&mut self, l: L, source: S) {
+        const ROWS: usize = TILES * TILE_ROWS;
         let chunks = self.w.cols.div_ceil(LANES);
-        let mut weights = [[[0.0; LANES]; TILE_CHUNKS]; TILE_ROWS];
-        let mut lanes = [[[0.0; LANES]; TILE_ROWS]; TOKENS];
-        for r in (0..self.w.rows).step_by(TILE_ROWS) {
-            let rows = TILE_ROWS.min(self.w.rows - r);
+        let mut weights = [[[[0.0; LANES]; TILE_CHUNKS]; TILE_ROWS]; TILES];
+        let mut lanes = [[[[0.0; LANES]; TILE_ROWS]; TOKENS]; TILES];
+        for r in (0..self.w.rows).step_by(ROWS) {
+            let rows = ROWS.min(self.w.rows - r);
+            let tiles = rows.div_ceil(TILE_ROWS);
             for t in (0..self.x.count()).step_by(TOKENS) {
                 let tokens = TOKENS.min(self.x.count() - t);
-                lanes[..tokens].fill([[0.0; LANES]; TILE_ROWS]);
+                for lanes in &mut lanes[..tiles] {
+                    lanes[..tokens].fill([[0.0; LANES]; TILE_ROWS]);
+                }
                 for c in (0..chunks).step_by(TILE_CHUNKS) {
                     if t == 0 || chunks > TILE_CHUNKS {
-                        for (i, weights) in weights[..rows].iter_mut().enumerate() {
+                        for (i, weights) in weights.as_flattened_mut()[..rows].iter_mut().enumerate() {
                             dequantise(l, source.row(r + i), self.w.cols, c, weights);
                         }
                     }
-                    let weights = weights.each_ref().map(|w| Dequantised(&w[..TILE_CHUNKS.min(chunks - c)]));
-                    self.accumulate(l, &weights, c, t, &mut lanes[..tokens]);
+                    let weights = &weights[..tiles];
+                    l.enter(Accumulate {
+                        x: self.x,
+                        weights,
+                        chunk: c,
+                        first: t,
+                        count: tokens,
+                        lanes: &mut lanes,
+                    });
                 }
-                for (i, lanes) in lanes[..tokens].iter().enumerate() {
-                    let dots = lanes.each_ref().map(|lanes| l.sum(l.load(lanes)));
-                    self.finish(r, t + i, &dots[..rows]);
+                for (tile, lanes) in lanes[..tiles].iter().enumerate() {
+                    for (i, lanes) in lanes[..tokens].iter().enumerate() {
+                        let mut dots = [0.0; TILE_ROWS];
+                        for (dot, lanes) in dots.iter_mut().zip(lanes) {
+                            *dot = l.sum(l.load(lanes));
+                        }
+                        let first = tile * TILE_ROWS;
+                        self.finish(r + first, t + i, &dots[..TILE_ROWS.min(rows - first)]);
+                    }
                 }
             }
-        }
-    }
-
-    /// Adds the products of some chunks to the lanes of some rows of x.
-    #[inline(always)]
-    fn accumulate<L: Lanes>(
-        &self,
-        l: L,
-        weights: &[Dequantised<'_>; TILE_ROWS],
-        chunk: usize,
-        token: usize,
-        lanes: &mut [[[f32; LANES]; TILE_ROWS]],
-    ) {
-        let mut t = 0;
-        while t + TILE_TOKENS <= lanes.len() {
-            let x = [self.x.row(token + t), self.x.row(token + t + 1), self.x.row(token + t + 2)];
-            add_products(l, weights, x, chunk, &mut lanes[t..]);
-            t += TILE_TOKENS;
-        }
-        while t < lanes.len() {
-            add_products(l, weights, [self.x.row(token + t)], chunk, &mut lanes[t..]);
-            t += 1;
         }
     }
 
@@ -147,6 +148,51 @@ impl Product<'_> {
         match self.bias {
             Some(bias) => out.iter_mut().zip(dots).zip(&bias[r..]).for_each(|((o, d), b)| *o = d + b),
             None => out.copy_from_slice(dots),
+        }
+    }
+}
+
+/// Weight rows of a tile, dequantised and filled with zeros to whole chunks.
+type TileWeights = [[[f32; LANES]; TILE_CHUNKS]; TILE_ROWS];
+
+/// Adds the products of some chunks of weights to the lanes of some rows of x. No format is left here.
+struct Accumulate<'a, 'l> {
+    x: Input<'a>,
+    weights: &'l [TileWeights],
+    /// First chunk, of those the weights hold.
+    chunk: usize,
+    /// First row of x.
+    first: usize,
+    count: usize,
+    lanes: &'l mut [[TileLanes; TOKENS]; TILES],
+}
+
+impl Work for Accumulate<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, l: L) {
+        let mut t = 0;
+        while t < self.count {
+            let row = |i: usize| self.x.row(self.first + t + i);
+            let tiles = self.weights.iter().zip(self.lanes.iter_mut());
+            match self.count - t {
+                1 => {
+                    let x = [row(0)];
+                    tiles.for_each(|(w, lanes)| add_products(l, w, x, self.chunk, rows_of(lanes, t)));
+                    t += 1;
+                }
+                2 => {
+                    let x = [row(0), row(1)];
+                    tiles.for_each(|(w, lanes)| add_products(l, w, x, self.chunk, rows_of(lanes, t)));
+                    t += 2;
+                }
+                _ => {
+                    let x = [row(0), row(1), row(2)];
+                    tiles.for_each(|(w, lanes)| add_products(l, w, x, self.chunk, rows_of(lanes, t)));
+                    t += TILE_TOKENS;
+                }
+            }
         }
     }
 }
@@ -191,7 +237,13 @@ pub(crate) fn dots<L: Lanes, W: Row, const R: usize, const T: usize>(
 
 /// Columns `32 * chunk ..` of a row of `cols` columns, as many as `out` holds, the last filled with zeros.
 #[inline(always)]
-fn dequantise<L: Lanes, W: Row>(l: L, row: W, cols: usize, chunk: usize, out: &mut [[f32; LANES]]) {
+pub(super) fn dequantise<L: Lanes, W: Row>(
+    l: L,
+    row: W,
+    cols: usize,
+    chunk: usize,
+    out: &mut [[f32; LANES]],
+) {
     let whole = cols / LANES;
     for (c, out) in (chunk..cols.div_ceil(LANES)).zip(out) {
         let v = if c < whole { row.chunk(l, c) } else { row.tail(l) };
@@ -199,23 +251,29 @@ fn dequantise<L: Lanes, W: Row>(l: L, row: W, cols: usize, chunk: usize, out: &m
     }
 }
 
+/// `T` of the rows from `t` on. (A length known to the compiler keeps their sums in registers.)
+#[inline(always)]
+fn rows_of<V, const T: usize>(lanes: &mut [V], t: usize) -> &mut [V; T] {
+    lanes[t..].first_chunk_mut().expect("the caller counted")
+}
+
 /// Adds to `lanes[t][r]` the products of `x[t]`, from column `32 * chunk` on, with `weights[r]`.
 #[inline(always)]
 fn add_products<L: Lanes, const T: usize>(
     l: L,
-    weights: &[Dequantised<'_>; TILE_ROWS],
+    weights: &TileWeights,
     x: [&[f32]; T],
     chunk: usize,
-    lanes: &mut [[[f32; LANES]; TILE_ROWS]],
+    lanes: &mut [TileLanes; T],
 ) {
-    let count = weights[0].0.len();
     let mut sums = [[l.splat(0.0); TILE_ROWS]; T];
-    for (sums, lanes) in sums.iter_mut().zip(&*lanes) {
+    for (sums, lanes) in sums.iter_mut().zip(lanes.iter()) {
         for (sum, lanes) in sums.iter_mut().zip(lanes) {
             *sum = l.load(lanes);
         }
     }
     let x = x.map(|x| &x[chunk * LANES..]);
+    let count = x[0].len().div_ceil(LANES).min(TILE_CHUNKS);
     let whole = count.min(x[0].len() / LANES);
     let chunks = x.map(|x| &x.as_chunks::<LANES>().0[..whole]);
     for c in 0..whole {
@@ -242,13 +300,13 @@ fn add_products<L: Lanes, const T: usize>(
 #[inline(always)]
 fn add_chunk<L: Lanes, const T: usize>(
     l: L,
-    weights: &[Dequantised<'_>; TILE_ROWS],
+    weights: &TileWeights,
     chunk: usize,
     x: [L::V; T],
     sums: &mut [[L::V; TILE_ROWS]; T],
 ) {
     for (r, weights) in weights.iter().enumerate() {
-        let w = weights.chunk(l, chunk);
+        let w = l.load(&weights[chunk]);
         for (sums, x) in sums.iter_mut().zip(x) {
             sums[r] = l.fma(w, x, sums[r]);
         }

@@ -1,15 +1,24 @@
 //! Products with a weight stored `[in, out]`, on one thread.
+//!
+//! Sums wait in memory while eight weight rows at a time are dequantised: reading a strip of many columns
+//! from each row, rather than down a narrow column, is what the memory is fast at.
 
-use super::source::{Row, Source, with_source};
-use super::tile::Input;
+use super::source::{Source, with_source};
+use super::tile::{Input, dequantise};
 use crate::format::{Matrix, Values};
 use crate::rows::RowsMut;
 use crate::simd::{LANES, Lanes, Work};
 
-/// Rows of x multiplied at a time.
-const TILE_TOKENS: usize = 4;
-/// Chunks of columns summed at a time.
-const TILE_CHUNKS: usize = 2;
+/// Weight rows added at a time.
+const ROWS: usize = 8;
+/// Rows of x at a time.
+const TOKENS: usize = 32;
+/// Chunks of sums on the stack, 32 KiB: a strip of 8 for 32 rows of x, of 32 for up to 8.
+const SUMS: usize = 256;
+/// Chunks of the widest strip; eight weight rows of it are 32 KiB.
+const STRIP: usize = 32;
+
+type Chunk = [f32; LANES];
 
 /// `out[t, j] = sum over i of x[t, i] * w[i, first + j] (+ bias[j])`, i ascending, on this thread.
 pub(crate) struct Transposed<'a> {
@@ -26,69 +35,90 @@ impl Work for Transposed<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(mut self, l: L) {
-        debug_assert!(self.first.is_multiple_of(LANES));
-        with_source!(self.w, source => {
-            let mut t = 0;
-            while t + TILE_TOKENS <= self.x.count() {
-                let x = [self.x.row(t), self.x.row(t + 1), self.x.row(t + 2), self.x.row(t + 3)];
-                self.tokens(l, source, t, x);
-                t += TILE_TOKENS;
-            }
-            while t < self.x.count() {
-                self.tokens(l, source, t, [self.x.row(t)]);
-                t += 1;
-            }
-        })
+        assert!(self.first.is_multiple_of(LANES), "columns from {}", self.first);
+        with_source!(self.w, source => self.strips(l, source))
     }
 }
 
 impl Transposed<'_> {
     #[inline(always)]
-    fn tokens<L: Lanes, S: Source, const T: usize>(&mut self, l: L, source: S, t: usize, x: [&[f32]; T]) {
-        let last = self.first + self.out.width();
-        let mut c = self.first / LANES;
-        while (c + TILE_CHUNKS) * LANES <= last {
-            self.columns::<L, S, T, TILE_CHUNKS>(l, source, t, x, c);
-            c += TILE_CHUNKS;
-        }
-        while c * LANES < last {
-            self.columns::<L, S, T, 1>(l, source, t, x, c);
-            c += 1;
+    fn strips<L: Lanes, S: Source>(&mut self, l: L, source: S) {
+        let mut sums = [[0.0; LANES]; SUMS];
+        let mut weights = [[[0.0; LANES]; STRIP]; ROWS];
+        let chunks = self.out.width().div_ceil(LANES);
+        for t in (0..self.x.count()).step_by(TOKENS) {
+            let tokens = TOKENS.min(self.x.count() - t);
+            let strip = (SUMS / tokens).min(STRIP);
+            for c in (0..chunks).step_by(strip) {
+                let strip = strip.min(chunks - c);
+                let sums = &mut sums[..tokens * strip];
+                sums.fill([0.0; LANES]);
+                for i in (0..self.w.rows).step_by(ROWS) {
+                    let rows = ROWS.min(self.w.rows - i);
+                    for (r, weights) in weights[..rows].iter_mut().enumerate() {
+                        let chunk = self.first / LANES + c;
+                        dequantise(l, source.row(i + r), self.w.cols, chunk, &mut weights[..strip]);
+                    }
+                    let (x, weights) = (self.x, &weights[..rows]);
+                    l.enter(AddRows { x, weights, row: i, token: t, strip, sums });
+                }
+                for (i, sums) in sums.chunks_exact(strip).enumerate() {
+                    self.finish(t + i, c * LANES, sums.as_flattened());
+                }
+            }
         }
     }
 
     #[inline(always)]
-    fn columns<L: Lanes, S: Source, const T: usize, const C: usize>(
-        &mut self,
-        l: L,
-        source: S,
-        t: usize,
-        x: [&[f32]; T],
-        chunk: usize,
-    ) {
-        let whole = (chunk + C) * LANES <= self.w.cols;
-        let mut sums = [[l.splat(0.0); C]; T];
-        for i in 0..self.w.rows {
-            let row = source.row(i);
-            for c in 0..C {
-                let w = if whole { row.chunk(l, chunk + c) } else { row.tail(l) };
-                for (sums, x) in sums.iter_mut().zip(x) {
-                    sums[c] = l.fma(l.splat(x[i]), w, sums[c]);
-                }
+    fn finish(&mut self, token: usize, column: usize, sums: &[f32]) {
+        let out = &mut self.out.row(token)[column..];
+        match self.bias {
+            Some(bias) => out.iter_mut().zip(sums).zip(&bias[column..]).for_each(|((o, s), b)| *o = s + b),
+            None => out.iter_mut().zip(sums).for_each(|(o, s)| *o = *s),
+        }
+    }
+}
+
+/// Adds the products with some weight rows, ascending, to the sums of some rows of x.
+struct AddRows<'a, 's> {
+    x: Input<'a>,
+    weights: &'s [[Chunk; STRIP]],
+    /// Of the weights, the first.
+    row: usize,
+    /// First row of x; there are as many as strips of sums.
+    token: usize,
+    strip: usize,
+    sums: &'s mut [Chunk],
+}
+
+impl Work for AddRows<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, l: L) {
+        for (t, sums) in self.sums.chunks_exact_mut(self.strip).enumerate() {
+            let x = &self.x.row(self.token + t)[self.row..][..self.weights.len()];
+            match (x.first_chunk::<ROWS>(), self.weights.first_chunk::<ROWS>()) {
+                (Some(x), Some(weights)) => add_rows(l, x, weights, sums),
+                _ => x.iter().zip(self.weights).for_each(|(x, w)| {
+                    add_rows(l, &[*x], std::slice::from_ref(w).first_chunk().expect("one row"), sums)
+                }),
             }
         }
-        for (token, sums) in sums.iter().enumerate() {
-            let mut lanes = [[0.0; LANES]; C];
-            for (lanes, sum) in lanes.iter_mut().zip(sums) {
-                l.store(*sum, lanes);
-            }
-            let at = chunk * LANES - self.first;
-            let out = &mut self.out.row(t + token)[at..];
-            let values = lanes.as_flattened();
-            match self.bias {
-                Some(bias) => out.iter_mut().zip(values).zip(&bias[at..]).for_each(|((o, v), b)| *o = v + b),
-                None => out.iter_mut().zip(values).for_each(|(o, v)| *o = *v),
-            }
+    }
+}
+
+#[inline(always)]
+fn add_rows<L: Lanes, const R: usize>(l: L, x: &[f32; R], weights: &[[Chunk; STRIP]; R], sums: &mut [Chunk]) {
+    let mut splat = [l.splat(0.0); R];
+    for (splat, x) in splat.iter_mut().zip(x) {
+        *splat = l.splat(*x);
+    }
+    for (c, sums) in sums.iter_mut().enumerate().take(STRIP) {
+        let mut sum = l.load(sums);
+        for (x, weights) in splat.iter().zip(weights) {
+            sum = l.fma(*x, l.load(&weights[c]), sum);
         }
+        l.store(sum, sums);
     }
 }

@@ -15,16 +15,6 @@ impl Avx2 {
             && is_x86_feature_detected!("f16c");
         all.then_some(Self(()))
     }
-
-    #[inline]
-    pub(crate) fn enter<W: Work>(self, work: W) -> W::Output {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn inner<W: Work>(token: Avx2, work: W) -> W::Output {
-            work.run(token)
-        }
-        // SAFETY: the token proves the features that `inner` enables.
-        unsafe { inner(self, work) }
-    }
 }
 
 /// Lanes 0..8, 8..16, 16..24 and 24..32.
@@ -65,6 +55,16 @@ const E2M1_LOW: [u8; 16] = [0, 0, 0x80, 0xc0, 0, 0x40, 0x80, 0xc0, 0, 0, 0x80, 0
 
 impl Lanes for Avx2 {
     type V = V;
+
+    #[inline]
+    fn enter<W: Work>(self, work: W) -> W::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn inner<W: Work>(token: Avx2, work: W) -> W::Output {
+            work.run(token)
+        }
+        // SAFETY: the token proves the features that `inner` enables.
+        unsafe { inner(self, work) }
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> V {

@@ -19,16 +19,6 @@ impl Avx512 {
             && is_x86_feature_detected!("f16c");
         all.then_some(Self(()))
     }
-
-    #[inline]
-    pub(crate) fn enter<W: Work>(self, work: W) -> W::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-        fn inner<W: Work>(token: Avx512, work: W) -> W::Output {
-            work.run(token)
-        }
-        // SAFETY: the token proves the features that `inner` enables.
-        unsafe { inner(self, work) }
-    }
 }
 
 /// Lanes 0..16 and 16..32.
@@ -72,6 +62,16 @@ const INT4: [f32; 16] =
 
 impl Lanes for Avx512 {
     type V = V;
+
+    #[inline]
+    fn enter<W: Work>(self, work: W) -> W::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        fn inner<W: Work>(token: Avx512, work: W) -> W::Output {
+            work.run(token)
+        }
+        // SAFETY: the token proves the features that `inner` enables.
+        unsafe { inner(self, work) }
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> V {

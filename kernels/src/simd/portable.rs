@@ -1,6 +1,6 @@
 //! The lanes in plain Rust: what the other instruction sets must agree with, bit for bit.
 
-use super::{LANES, Lanes};
+use super::{LANES, Lanes, Work};
 use half::{bf16, f16};
 
 #[derive(Clone, Copy)]
@@ -68,6 +68,11 @@ fn nibble(x: &[u8; 16], i: usize) -> u8 {
 
 impl Lanes for Portable {
     type V = V;
+
+    #[inline(never)]
+    fn enter<W: Work>(self, work: W) -> W::Output {
+        work.run(self)
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> V {

@@ -131,7 +131,8 @@ impl MoePlan {
                 return Err(Error::config(fields.path("moe_layer_freq"), message));
             }
         };
-        let rule = kind.rule(fields, fields.size("n_routed_experts")?, fields.size("num_experts_per_tok")?)?;
+        let rule =
+            kind.rule(fields, fields.size("n_routed_experts")?, fields.size("num_experts_per_tok")?)?;
         Ok(Self {
             dense_layers: fields.size_or("first_k_dense_replace", 0)?,
             every,

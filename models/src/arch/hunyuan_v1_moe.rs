@@ -13,8 +13,20 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     // Training settings, ids of other modalities and switches of variants that were not released.
     fields.ignore(&["attention_head_dim", "capacity_factor", "cla_share_factor", "class_num", "dense_list"]);
     fields.ignore(&["enable_lm_head_fp32", "eod_token_id", "im_start_id", "im_end_id", "im_newline_id"]);
-    fields.ignore(&["image_token_id", "max_seq_length", "moe_drop_tokens", "moe_random_routing_dropped_token"]);
-    fields.ignore(&["norm_type", "org_vocab_size", "pool_type", "mask_init_id", "text_start_id", "text_end_id"]);
+    fields.ignore(&[
+        "image_token_id",
+        "max_seq_length",
+        "moe_drop_tokens",
+        "moe_random_routing_dropped_token",
+    ]);
+    fields.ignore(&[
+        "norm_type",
+        "org_vocab_size",
+        "pool_type",
+        "mask_init_id",
+        "text_start_id",
+        "text_end_id",
+    ]);
     fields.ignore(&["use_mixed_mlp_moe", "video_start_id", "video_end_id", "add_classification_head"]);
     fields.ignore(&["kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]);
     fields.ignore(&["num_media_embeds", "skip_cls_token", "anyres_pooling_size", "vit_path"]);

@@ -96,9 +96,8 @@ impl Checkpoint {
     fn load(files: Files) -> Result<Self> {
         let mut checkpoint = Self { files, config: Value::Null, tensors: BTreeMap::new() };
         let config = checkpoint.json("config.json")?;
-        checkpoint.config = config.ok_or_else(|| {
-            Error::format("config.json", format!("is missing in {}", checkpoint.place()))
-        })?;
+        checkpoint.config = config
+            .ok_or_else(|| Error::format("config.json", format!("is missing in {}", checkpoint.place())))?;
         match checkpoint.json("model.safetensors.index.json")? {
             Some(index) => checkpoint.add_shards(&index)?,
             None => checkpoint.add_shard("model.safetensors", None)?,
@@ -137,9 +136,14 @@ impl Checkpoint {
                 let Some(path) = self.path(name)? else { return Ok(None) };
                 let size = path.metadata().map_err(|error| Error::io(&path, error))?.len();
                 if size > MAX_SIDE_FILE_BYTES {
-                    return Err(Error::format(name, format!("has {size} bytes; the limit is {MAX_SIDE_FILE_BYTES}")));
+                    return Err(Error::format(
+                        name,
+                        format!("has {size} bytes; the limit is {MAX_SIDE_FILE_BYTES}"),
+                    ));
                 }
-                std::fs::read(&path).map(|bytes| Some(Cow::Owned(bytes))).map_err(|error| Error::io(&path, error))
+                std::fs::read(&path)
+                    .map(|bytes| Some(Cow::Owned(bytes)))
+                    .map_err(|error| Error::io(&path, error))
             }
         }
     }
@@ -173,7 +177,8 @@ impl Checkpoint {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io(&path, error)),
         };
-        let inside = real.parent() == Some(root) || hub_blobs(root).is_some_and(|blobs| real.starts_with(blobs));
+        let inside =
+            real.parent() == Some(root) || hub_blobs(root).is_some_and(|blobs| real.starts_with(blobs));
         if !inside {
             return Err(Error::format(name, format!("is a link out of the folder, to {}", real.display())));
         }
@@ -186,13 +191,16 @@ impl Checkpoint {
         let map = map.ok_or_else(|| Error::format(file, "has no weight_map"))?;
         let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (tensor, shard) in map {
-            let shard = shard
-                .as_str()
-                .ok_or_else(|| Error::format(file, format!("tensor {tensor}: its shard is not a file name")))?;
+            let shard = shard.as_str().ok_or_else(|| {
+                Error::format(file, format!("tensor {tensor}: its shard is not a file name"))
+            })?;
             shards.entry(shard).or_default().push(tensor);
         }
         if shards.len() > MAX_SHARDS {
-            return Err(Error::format(file, format!("names {} shards; the limit is {MAX_SHARDS}", shards.len())));
+            return Err(Error::format(
+                file,
+                format!("names {} shards; the limit is {MAX_SHARDS}", shards.len()),
+            ));
         }
         for (shard, tensors) in shards {
             if !shard.ends_with(".safetensors") {
@@ -213,13 +221,19 @@ impl Checkpoint {
         let entries = safetensors::parse(name, all)?;
         for tensor in wanted.unwrap_or_default() {
             if !entries.contains_key(*tensor) {
-                return Err(Error::tensor(*tensor, format!("the index places it in {name}, which does not hold it")));
+                return Err(Error::tensor(
+                    *tensor,
+                    format!("the index places it in {name}, which does not hold it"),
+                ));
             }
         }
         if let Some(wanted) = wanted.filter(|wanted| wanted.len() < entries.len()) {
             let known: std::collections::HashSet<&str> = wanted.iter().copied().collect();
             if let Some(extra) = entries.keys().find(|name| !known.contains(name.as_str())) {
-                return Err(Error::tensor(extra, format!("is in {name}, but the index does not place it there")));
+                return Err(Error::tensor(
+                    extra,
+                    format!("is in {name}, but the index does not place it there"),
+                ));
             }
         }
         for (tensor, Entry { dtype, shape, start, len }) in entries {

@@ -39,11 +39,14 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<BTreeMap<String, Entry>> {
     };
     let header_len = u64::from_le_bytes(*prefix);
     if header_len > MAX_HEADER_BYTES {
-        return Err(fail(format!("header length {header_len} is over the limit of {MAX_HEADER_BYTES} bytes")));
+        return Err(fail(format!(
+            "header length {header_len} is over the limit of {MAX_HEADER_BYTES} bytes"
+        )));
     }
     let data_start = 8 + header_len as usize;
     let Some(header) = bytes.get(8..data_start) else {
-        let message = format!("is truncated: the header needs {data_start} bytes, the file has {}", bytes.len());
+        let message =
+            format!("is truncated: the header needs {data_start} bytes, the file has {}", bytes.len());
         return Err(fail(message));
     };
     let mut json = serde_json::Deserializer::from_slice(header);
@@ -75,7 +78,8 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<BTreeMap<String, Entry>> {
             return Err(tensor(message));
         }
         spans.push((start, end, name.clone()));
-        let entry = Entry { dtype: info.dtype, shape: info.shape, start: data_start + start, len: end - start };
+        let entry =
+            Entry { dtype: info.dtype, shape: info.shape, start: data_start + start, len: end - start };
         entries.insert(name, entry);
     }
     check_layout(file, &mut spans, bytes.len() - data_start)?;
@@ -88,12 +92,18 @@ fn check_layout(file: &str, spans: &mut [(usize, usize, String)], data_len: usiz
     for (start, next, name) in spans.iter() {
         if *start != end {
             let what = if *start < end { "overlaps its predecessor" } else { "leaves a gap before it" };
-            return Err(Error::format(file, format!("tensor {name}: begins at {start}, {what} (which ends at {end})")));
+            return Err(Error::format(
+                file,
+                format!("tensor {name}: begins at {start}, {what} (which ends at {end})"),
+            ));
         }
         end = *next;
     }
     if end != data_len {
-        return Err(Error::format(file, format!("holds {data_len} bytes of data, of which tensors cover {end}")));
+        return Err(Error::format(
+            file,
+            format!("holds {data_len} bytes of data, of which tensors cover {end}"),
+        ));
     }
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! The mixers on the cpu runner, and the cache they write and read.
 
-use kernels::attention::{CacheMut, CacheSlice, Gqa as GqaShape, Mla as MlaShape, Pages, Queries, gqa, mla, write_rows};
+use kernels::attention::{
+    CacheMut, CacheSlice, Gqa as GqaShape, Mla as MlaShape, Pages, Queries, gqa, mla, write_rows,
+};
 use kernels::matmul::{Heads, matmul, matmul_heads, matmul_transposed_heads};
 use kernels::norm::{rms_norm_in_place, rms_norm_rows_in_place};
 use kernels::rows::{Rows, RowsMut};
@@ -140,10 +142,21 @@ impl AttentionScratch {
     }
 
     /// `out = mixer(x)`, both `[tokens, hidden]`; writes the new rows of `cache`.
-    pub fn run(&mut self, step: &Step, angles: Option<Angles>, cache: &mut LayerCache, x: &[f32], out: &mut [f32]) {
+    pub fn run(
+        &mut self,
+        step: &Step,
+        angles: Option<Angles>,
+        cache: &mut LayerCache,
+        x: &[f32],
+        out: &mut [f32],
+    ) {
         match (&step.layer.mixer, &step.weights.mixer) {
-            (Mixer::Gqa(gqa), MixerWeights::Gqa(weights)) => self.gqa(step, (gqa, weights), angles, cache, x, out),
-            (Mixer::Mla(mla), MixerWeights::Mla(weights)) => self.mla(step, (mla, weights), angles, cache, x, out),
+            (Mixer::Gqa(gqa), MixerWeights::Gqa(weights)) => {
+                self.gqa(step, (gqa, weights), angles, cache, x, out)
+            }
+            (Mixer::Mla(mla), MixerWeights::Mla(weights)) => {
+                self.mla(step, (mla, weights), angles, cache, x, out)
+            }
             _ => unreachable!("weights are loaded from the same description"),
         }
     }
@@ -266,7 +279,13 @@ impl AttentionScratch {
         let values = &mut self.heads[..tokens * heads * spec.value_dim];
         let w_uv = Heads { count: heads, x_step: rank, w_step, out_step: spec.value_dim };
         let rows = RowsMut::new(values, heads * spec.value_dim);
-        matmul_heads(isa, &w_uv, Rows::new(mixed, heads * rank), &kv_b.slice(spec.nope_dim, spec.value_dim), rows);
+        matmul_heads(
+            isa,
+            &w_uv,
+            Rows::new(mixed, heads * rank),
+            &kv_b.slice(spec.nope_dim, spec.value_dim),
+            rows,
+        );
         linear(isa, values, &weights.o, out);
     }
 }

@@ -1,6 +1,8 @@
 //! The feed-forward part of a layer: one MLP, or router, routed experts and shared expert.
 
-use kernels::experts::{Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, ffn, ffn_scratch_len, run_experts};
+use kernels::experts::{
+    Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, ffn, ffn_scratch_len, run_experts,
+};
 use kernels::matmul::matmul;
 use kernels::route::route;
 use kernels::rows::add;
@@ -118,7 +120,14 @@ impl FfnScratch {
         }
     }
 
-    fn moe(&mut self, step: &Step, probe: &mut dyn Probe, moe: (&Moe, &MoeWeights), x: &[f32], out: &mut [f32]) {
+    fn moe(
+        &mut self,
+        step: &Step,
+        probe: &mut dyn Probe,
+        moe: (&Moe, &MoeWeights),
+        x: &[f32],
+        out: &mut [f32],
+    ) {
         let (moe, weights) = moe;
         let rule = &moe.rule;
         let tokens = step.batch.tokens.len();

@@ -73,7 +73,9 @@ impl CpuRunner {
         }
         if batch.tokens.len() > batch_tokens || batch.logit_rows.len() > logit_rows {
             let (tokens, rows) = (batch.tokens.len(), batch.logit_rows.len());
-            return fail(format!("{tokens} tokens with {rows} logits exceed {batch_tokens} and {logit_rows}"));
+            return fail(format!(
+                "{tokens} tokens with {rows} logits exceed {batch_tokens} and {logit_rows}"
+            ));
         }
         if let Some(slot) = batch.slots.iter().find(|slot| **slot as usize >= blocks * PAGE) {
             return fail(format!("cache slot {slot} is outside the {blocks} blocks"));
