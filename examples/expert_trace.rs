@@ -8,7 +8,8 @@ use moebius::session::SessionOptions;
 use moebius::tokenizer::Specials;
 use moebius::trace::{KeepLogits, TraceOptions, Tracer};
 
-const TEXT: &str = "But soft, what light through yonder window breaks? It is the east, and Juliet is the sun.";
+const TEXT: &str =
+    "But soft, what light through yonder window breaks? It is the east, and Juliet is the sun.";
 
 fn main() -> Result<(), Error> {
     let mut args = std::env::args().skip(1);
@@ -26,7 +27,10 @@ fn main() -> Result<(), Error> {
         let used = counts.iter().filter(|count| **count > 0).count();
         let mean = layer.ids.len() as f64 / experts as f64;
         let busiest = counts.iter().copied().max().unwrap_or(0) as f64 / mean;
-        println!("layer {index}: {used} of {experts} experts for {} tokens, busiest {busiest:.1}x the mean", ids.len());
+        println!(
+            "layer {index}: {used} of {experts} experts for {} tokens, busiest {busiest:.1}x the mean",
+            ids.len()
+        );
         println!("  {}", counts.iter().map(|&count| bar(count as f64 / mean)).collect::<String>());
     }
     Ok(())

@@ -18,7 +18,7 @@ use transposed::Transposed;
 /// Multiply-adds below which a product stays on its thread.
 const SMALL: usize = 64 * 1024;
 /// Columns of a transposed product below which they are not cut: shorter runs of each row are slow to read.
-const MIN_COLUMNS: usize = 256;
+const MIN_COLUMNS: usize = 512;
 /// Rows of x from which on they are cut, too.
 const MANY_TOKENS: usize = 64;
 

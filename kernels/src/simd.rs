@@ -125,6 +125,8 @@ pub(crate) trait Lanes: Copy {
 
     /// The canonical reduction of the lanes by addition.
     fn sum(self, v: Self::V) -> f32;
+    /// [`Lanes::sum`] of four at once, which shares their shuffles.
+    fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
     /// The canonical reduction of the lanes by [`Lanes::max`].
     fn peak(self, v: Self::V) -> f32;
 

@@ -52,7 +52,16 @@ impl Work for Span<'_, '_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, l: L) {
-        span(l, &self.group, self.range, self.state);
+        let Self { group, range, state } = self;
+        match (group.keys.data, group.values.data) {
+            (CacheSlice::F32(keys), CacheSlice::F32(values)) => {
+                tiles(l, &group, (keys, values), range, state)
+            }
+            (CacheSlice::Bf16(keys), CacheSlice::Bf16(values)) => {
+                tiles(l, &group, (keys, values), range, state)
+            }
+            _ => panic!("keys and values of different types"),
+        }
     }
 }
 
@@ -78,9 +87,9 @@ impl Work for Serial<'_, '_> {
         for first in (begin / SPAN * SPAN..end).step_by(SPAN) {
             let range = (begin.max(first), end.min(first + SPAN));
             if range.0 == begin {
-                span(l, &self.group, range, total);
+                l.enter(Span { group: self.group, range, state: total });
             } else {
-                span(l, &self.group, range, next);
+                l.enter(Span { group: self.group, range, state: next });
                 merge(l, value, total, next);
             }
         }
@@ -112,15 +121,6 @@ impl Work for Finish<'_, '_> {
             }
             finish(l, self.value, self.sinks.map(|sinks| &sinks[h..=h]), total, out);
         }
-    }
-}
-
-#[inline(always)]
-fn span<L: Lanes>(l: L, group: &Group<'_>, range: (usize, usize), state: &mut [Chunk]) {
-    match (group.keys.data, group.values.data) {
-        (CacheSlice::F32(keys), CacheSlice::F32(values)) => tiles(l, group, (keys, values), range, state),
-        (CacheSlice::Bf16(keys), CacheSlice::Bf16(values)) => tiles(l, group, (keys, values), range, state),
-        _ => panic!("keys and values of different types"),
     }
 }
 
@@ -212,7 +212,7 @@ fn tiles<L: Lanes, E: Element>(
     }
 }
 
-/// Scaled scores of the keys at `offsets`.
+/// Scaled scores of the keys at `offsets`: four heads by two keys, then head by head.
 #[inline(always)]
 fn scores<L: Lanes, E: Element>(
     l: L,
@@ -221,39 +221,40 @@ fn scores<L: Lanes, E: Element>(
     offsets: (usize, usize),
     out: &mut [[Chunk; PAGE / LANES]; HEADS],
 ) {
-    let mut j = offsets.0;
-    while j < offsets.1 {
-        if j + 4 <= offsets.1 {
+    let width = group.key_columns.1;
+    let mut fours = group.queries.chunks_exact(4 * width);
+    let mut h = 0;
+    for four in &mut fours {
+        let (a, b) = four.split_at(2 * width);
+        let ((a, b), (c, d)) = (a.split_at(width), b.split_at(width));
+        let mut j = offsets.0;
+        while j + 2 <= offsets.1 {
+            let dots = dots(l, [page.row(j), page.row(j + 1)], [a, b, c, d]);
+            for (dots, out) in dots.iter().zip(&mut out[h..]) {
+                put(dots, group.scale, j, out);
+            }
+            j += 2;
+        }
+        if j < offsets.1 {
+            let dots = dots(l, [page.row(j)], [a, b, c, d]);
+            for (dots, out) in dots.iter().zip(&mut out[h..]) {
+                put(dots, group.scale, j, out);
+            }
+        }
+        h += 4;
+    }
+    for query in fours.remainder().chunks_exact(width) {
+        let mut j = offsets.0;
+        while j + 4 <= offsets.1 {
             let rows = [page.row(j), page.row(j + 1), page.row(j + 2), page.row(j + 3)];
-            score(l, group, rows, j, out);
+            put(dots(l, rows, [query]).as_flattened(), group.scale, j, &mut out[h]);
             j += 4;
-        } else {
-            score(l, group, [page.row(j)], j, out);
+        }
+        while j < offsets.1 {
+            put(dots(l, [page.row(j)], [query]).as_flattened(), group.scale, j, &mut out[h]);
             j += 1;
         }
-    }
-}
-
-#[inline(always)]
-fn score<L: Lanes, E: Element, const R: usize>(
-    l: L,
-    group: &Group<'_>,
-    rows: [CacheRow<'_, E>; R],
-    offset: usize,
-    out: &mut [[Chunk; PAGE / LANES]; HEADS],
-) {
-    let mut queries = group.queries.chunks_exact(group.key_columns.1);
-    let mut h = 0;
-    while queries.len() >= 2 {
-        let (Some(a), Some(b)) = (queries.next(), queries.next()) else { unreachable!("two are left") };
-        for dots in dots(l, rows, [a, b]) {
-            put(&dots, group.scale, offset, &mut out[h]);
-            h += 1;
-        }
-    }
-    if let Some(a) = queries.next() {
-        let [dots] = dots(l, rows, [a]);
-        put(&dots, group.scale, offset, &mut out[h]);
+        h += 1;
     }
 }
 
@@ -293,24 +294,56 @@ fn weigh<L: Lanes, E: Element, const T: usize>(
     keep: [f32; T],
     mut states: [&mut [Chunk]; T],
 ) {
-    let weights = weights.map(|w| w.as_flattened());
-    let whole = page.width / LANES;
-    for c in 0..page.width.div_ceil(LANES) {
-        let mut sums = [l.splat(0.0); T];
-        for ((sum, state), keep) in sums.iter_mut().zip(&states).zip(keep) {
-            *sum = l.mul(l.load(&state[c]), l.splat(keep));
-        }
-        for j in offsets.0..offsets.1 {
-            let row = page.row(j);
-            let v = if c < whole { row.chunk(l, c) } else { row.tail(l) };
-            for (sum, weights) in sums.iter_mut().zip(&weights) {
-                *sum = l.fma(l.splat(weights[j]), v, *sum);
-            }
-        }
-        for (sum, state) in sums.iter().zip(&mut states) {
-            l.store(*sum, &mut state[c]);
+    let (whole, chunks) = (page.width / LANES, page.width.div_ceil(LANES));
+    let weights = weights.map(|w| &w.as_flattened()[offsets.0..offsets.1]);
+    let mut c = 0;
+    while c + 2 <= whole {
+        weigh_chunks::<L, E, T, 2>(l, page, (c, offsets.0), weights, keep, &mut states);
+        c += 2;
+    }
+    while c < chunks {
+        weigh_chunks::<L, E, T, 1>(l, page, (c, offsets.0), weights, keep, &mut states);
+        c += 1;
+    }
+}
+
+/// `C` chunks of [`weigh`]; with more than one, all of them whole.
+#[inline(always)]
+fn weigh_chunks<L: Lanes, E: Element, const T: usize, const C: usize>(
+    l: L,
+    page: Page<'_, E>,
+    (chunk, offset): (usize, usize),
+    weights: [&[f32]; T],
+    keep: [f32; T],
+    states: &mut [&mut [Chunk]; T],
+) {
+    let mut sums = [[l.splat(0.0); C]; T];
+    for ((sums, state), keep) in sums.iter_mut().zip(states.iter()).zip(keep) {
+        for (sum, state) in sums.iter_mut().zip(chunks_of::<C>(state, chunk)) {
+            *sum = l.mul(l.load(state), l.splat(keep));
         }
     }
+    for j in 0..weights[0].len() {
+        let row = page.row(offset + j);
+        for c in 0..C {
+            let v = if chunk + c < page.width / LANES { row.chunk(l, chunk + c) } else { row.tail(l) };
+            for (sums, weights) in sums.iter_mut().zip(weights) {
+                sums[c] = l.fma(l.splat(weights[j]), v, sums[c]);
+            }
+        }
+    }
+    for (sums, state) in sums.iter().zip(states) {
+        let state: &mut [Chunk; C] = state[chunk..].first_chunk_mut().expect("the caller counted");
+        for (sum, state) in sums.iter().zip(state) {
+            l.store(*sum, state);
+        }
+    }
+}
+
+/// `C` chunks from `first` on. (A length known to the compiler keeps their sums in registers.)
+#[inline(always)]
+fn chunks_of<const C: usize>(state: &[Chunk], first: usize) -> &[Chunk; C] {
+    state[first..].first_chunk().expect("the caller counted")
 }
 
 /// Merges the states of a later span into the total.

@@ -130,10 +130,8 @@ impl Product<'_> {
                 }
                 for (tile, lanes) in lanes[..tiles].iter().enumerate() {
                     for (i, lanes) in lanes[..tokens].iter().enumerate() {
-                        let mut dots = [0.0; TILE_ROWS];
-                        for (dot, lanes) in dots.iter_mut().zip(lanes) {
-                            *dot = l.sum(l.load(lanes));
-                        }
+                        let [a, b, c, d] = lanes;
+                        let dots = l.sum4([l.load(a), l.load(b), l.load(c), l.load(d)]);
                         let first = tile * TILE_ROWS;
                         self.finish(r + first, t + i, &dots[..TILE_ROWS.min(rows - first)]);
                     }
@@ -227,10 +225,13 @@ pub(crate) fn dots<L: Lanes, W: Row, const R: usize, const T: usize>(
         }
     }
     let mut out = [[0.0; R]; T];
-    for (out, lanes) in out.iter_mut().zip(lanes) {
-        for (out, lanes) in out.iter_mut().zip(lanes) {
-            *out = l.sum(lanes);
-        }
+    let (fours, rest) = lanes.as_flattened().as_chunks::<4>();
+    let sums = out.as_flattened_mut();
+    for (sums, lanes) in sums.chunks_mut(4).zip(fours) {
+        sums.copy_from_slice(&l.sum4(*lanes));
+    }
+    for (sum, lanes) in sums[4 * fours.len()..].iter_mut().zip(rest) {
+        *sum = l.sum(*lanes);
     }
     out
 }

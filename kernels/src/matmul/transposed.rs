@@ -3,7 +3,7 @@
 //! Sums wait in memory while eight weight rows at a time are dequantised: reading a strip of many columns
 //! from each row, rather than down a narrow column, is what the memory is fast at.
 
-use super::source::{Source, with_source};
+use super::source::{Row, Source, with_source};
 use super::tile::{Input, dequantise};
 use crate::format::{Matrix, Values};
 use crate::rows::RowsMut;
@@ -13,7 +13,7 @@ use crate::simd::{LANES, Lanes, Work};
 const ROWS: usize = 8;
 /// Rows of x at a time.
 const TOKENS: usize = 32;
-/// Chunks of sums on the stack, 32 KiB: a strip of 8 for 32 rows of x, of 32 for up to 8.
+/// Chunks of sums on the stack, 32 KiB: a strip of 8 for 32 rows of x, of 32 for up to 8; all for one.
 const SUMS: usize = 256;
 /// Chunks of the widest strip; eight weight rows of it are 32 KiB.
 const STRIP: usize = 32;
@@ -36,11 +36,38 @@ impl Work for Transposed<'_> {
     #[inline(always)]
     fn run<L: Lanes>(mut self, l: L) {
         assert!(self.first.is_multiple_of(LANES), "columns from {}", self.first);
-        with_source!(self.w, source => self.strips(l, source))
+        with_source!(self.w, source => if self.x.count() == 1 {
+            self.one(l, source)
+        } else {
+            self.strips(l, source)
+        })
     }
 }
 
 impl Transposed<'_> {
+    /// One row of x: weights are dequantised in registers.
+    #[inline(always)]
+    fn one<L: Lanes, S: Source>(&mut self, l: L, source: S) {
+        let mut sums = [[0.0; LANES]; SUMS];
+        let x = self.x.row(0);
+        let chunks = self.out.width().div_ceil(LANES);
+        for c in (0..chunks).step_by(SUMS) {
+            let sums = &mut sums[..SUMS.min(chunks - c)];
+            sums.fill([0.0; LANES]);
+            let (fours, rest) = x.as_chunks::<4>();
+            let first = self.first / LANES + c;
+            for (i, x) in fours.iter().enumerate() {
+                let row = |r| source.row(4 * i + r);
+                add_stored(l, x, [row(0), row(1), row(2), row(3)], (self.w.cols, first), sums);
+            }
+            for (i, x) in rest.iter().enumerate() {
+                let row = source.row(4 * fours.len() + i);
+                add_stored(l, &[*x], [row], (self.w.cols, first), sums);
+            }
+            self.finish(0, c * LANES, sums.as_flattened());
+        }
+    }
+
     #[inline(always)]
     fn strips<L: Lanes, S: Source>(&mut self, l: L, source: S) {
         let mut sums = [[0.0; LANES]; SUMS];
@@ -76,6 +103,30 @@ impl Transposed<'_> {
             Some(bias) => out.iter_mut().zip(sums).zip(&bias[column..]).for_each(|((o, s), b)| *o = s + b),
             None => out.iter_mut().zip(sums).for_each(|(o, s)| *o = *s),
         }
+    }
+}
+
+/// Adds the products of some values of x with as many rows of `cols` columns, from chunk `first` on.
+#[inline(always)]
+fn add_stored<L: Lanes, W: Row, const R: usize>(
+    l: L,
+    x: &[f32; R],
+    rows: [W; R],
+    (cols, first): (usize, usize),
+    sums: &mut [Chunk],
+) {
+    let whole = cols / LANES;
+    let mut splat = [l.splat(0.0); R];
+    for (splat, x) in splat.iter_mut().zip(x) {
+        *splat = l.splat(*x);
+    }
+    for (c, sums) in sums.iter_mut().enumerate() {
+        let mut sum = l.load(sums);
+        for (x, row) in splat.iter().zip(&rows) {
+            let w = if first + c < whole { row.chunk(l, first + c) } else { row.tail(l) };
+            sum = l.fma(*x, w, sum);
+        }
+        l.store(sum, sums);
     }
 }
 

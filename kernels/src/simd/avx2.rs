@@ -30,8 +30,8 @@ macro_rules! all {
 
 /// The nibbles of 16 bytes as 32 bytes, in column order.
 #[inline(always)]
-fn nibbles(x: &[u8; 16]) -> [__m128i; 2] {
-    // SAFETY: only called with a token in hand; 16 bytes are read from a reference to 16 bytes.
+fn nibbles(_: Avx2, x: &[u8; 16]) -> [__m128i; 2] {
+    // SAFETY: the token proves AVX2; 16 bytes are read from a reference to 16 bytes.
     unsafe {
         let x = _mm_loadu_si128(x.as_ptr().cast());
         let mask = _mm_set1_epi8(15);
@@ -43,8 +43,8 @@ fn nibbles(x: &[u8; 16]) -> [__m128i; 2] {
 
 /// Eight bf16 words as f32.
 #[inline(always)]
-fn widen(words: __m128i) -> __m256 {
-    // SAFETY: only called with a token in hand.
+fn widen(_: Avx2, words: __m128i) -> __m256 {
+    // SAFETY: the token proves AVX2.
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words))) }
 }
 
@@ -144,6 +144,25 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    fn sum4(self, v: [V; 4]) -> [f32; 4] {
+        // SAFETY: the token proves AVX2; 32 bytes are written to an array of 8 f32.
+        unsafe {
+            let eight = |v: V| _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
+            let [a, b, c, d] = [eight(v[0]), eight(v[1]), eight(v[2]), eight(v[3])];
+            // Lanes j and j + 4: the lower and the upper halves of two registers side by side.
+            let ab =
+                _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+            let cd =
+                _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(c, d), _mm256_permute2f128_ps::<0x31>(c, d));
+            // j and j + 2: now two lanes each of a, c, b, d.
+            let v = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xEE>(ab, cd));
+            let v = _mm256_add_ps(v, _mm256_movehdup_ps(v));
+            let mut lanes = [0.0; 8];
+            _mm256_storeu_ps(lanes.as_mut_ptr(), v);
+            [lanes[0], lanes[4], lanes[2], lanes[6]]
+        }
+    }
+    #[inline(always)]
     fn peak(self, v: V) -> f32 {
         // SAFETY: the token proves AVX2.
         unsafe {
@@ -185,10 +204,10 @@ impl Lanes for Avx2 {
         // SAFETY: the token proves AVX2; 64 bytes are read, unaligned, from a reference to 64.
         unsafe {
             [
-                widen(_mm_loadu_si128(p)),
-                widen(_mm_loadu_si128(p.wrapping_add(1))),
-                widen(_mm_loadu_si128(p.wrapping_add(2))),
-                widen(_mm_loadu_si128(p.wrapping_add(3))),
+                widen(self, _mm_loadu_si128(p)),
+                widen(self, _mm_loadu_si128(p.wrapping_add(1))),
+                widen(self, _mm_loadu_si128(p.wrapping_add(2))),
+                widen(self, _mm_loadu_si128(p.wrapping_add(3))),
             ]
         }
     }
@@ -221,7 +240,7 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn int4(self, x: &[u8; 16]) -> V {
-        let [a, b] = nibbles(x);
+        let [a, b] = nibbles(self, x);
         // SAFETY: the token proves AVX2.
         unsafe {
             let eight = _mm_set1_epi8(8);
@@ -236,7 +255,7 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn e2m1(self, x: &[u8; 16]) -> V {
-        let [a, b] = nibbles(x);
+        let [a, b] = nibbles(self, x);
         // Every value is exact in bf16: look its two bytes up and join them.
         // SAFETY: the token proves AVX2; the tables are 16 bytes each.
         unsafe {
@@ -245,10 +264,10 @@ impl Lanes for Avx2 {
             let (a_low, a_high) = (_mm_shuffle_epi8(low, a), _mm_shuffle_epi8(high, a));
             let (b_low, b_high) = (_mm_shuffle_epi8(low, b), _mm_shuffle_epi8(high, b));
             [
-                widen(_mm_unpacklo_epi8(a_low, a_high)),
-                widen(_mm_unpackhi_epi8(a_low, a_high)),
-                widen(_mm_unpacklo_epi8(b_low, b_high)),
-                widen(_mm_unpackhi_epi8(b_low, b_high)),
+                widen(self, _mm_unpacklo_epi8(a_low, a_high)),
+                widen(self, _mm_unpackhi_epi8(a_low, a_high)),
+                widen(self, _mm_unpacklo_epi8(b_low, b_high)),
+                widen(self, _mm_unpackhi_epi8(b_low, b_high)),
             ]
         }
     }

@@ -33,8 +33,8 @@ macro_rules! both {
 }
 
 #[inline(always)]
-fn nibbles(x: &[u8; 16]) -> [__m512i; 2] {
-    // SAFETY: only called with a token in hand; 16 bytes are read from a reference to 16 bytes.
+fn nibbles(_: Avx512, x: &[u8; 16]) -> [__m512i; 2] {
+    // SAFETY: the token proves AVX-512; 16 bytes are read from a reference to 16 bytes.
     unsafe {
         let x = _mm_loadu_si128(x.as_ptr().cast());
         let mask = _mm_set1_epi8(15);
@@ -49,8 +49,8 @@ fn nibbles(x: &[u8; 16]) -> [__m512i; 2] {
 
 /// Looks both registers of codes up in a table of sixteen values.
 #[inline(always)]
-fn look_up(codes: [__m512i; 2], table: &[f32; 16]) -> V {
-    // SAFETY: only called with a token in hand; 64 bytes are read from a reference to 16 f32.
+fn look_up(_: Avx512, codes: [__m512i; 2], table: &[f32; 16]) -> V {
+    // SAFETY: the token proves AVX-512; 64 bytes are read from a reference to 16 f32.
     unsafe {
         let table = _mm512_loadu_ps(table.as_ptr());
         [_mm512_permutexvar_ps(codes[0], table), _mm512_permutexvar_ps(codes[1], table)]
@@ -141,6 +141,28 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
+    fn sum4(self, v: [V; 4]) -> [f32; 4] {
+        // SAFETY: the token proves AVX-512; 64 bytes are written to an array of 16 f32.
+        unsafe {
+            let [a, b, c, d] = [
+                _mm512_add_ps(v[0][0], v[0][1]),
+                _mm512_add_ps(v[1][0], v[1][1]),
+                _mm512_add_ps(v[2][0], v[2][1]),
+                _mm512_add_ps(v[3][0], v[3][1]),
+            ];
+            // Lanes j and j + 8: the lower and the upper halves of two registers side by side.
+            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
+            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xEE>(c, d));
+            // j and j + 4: now four lanes of each.
+            let v = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd));
+            let v = _mm512_add_ps(v, _mm512_permute_ps::<0b1110>(v));
+            let v = _mm512_add_ps(v, _mm512_permute_ps::<0b01>(v));
+            let mut lanes = [0.0; 16];
+            _mm512_storeu_ps(lanes.as_mut_ptr(), v);
+            [lanes[0], lanes[4], lanes[8], lanes[12]]
+        }
+    }
+    #[inline(always)]
     fn peak(self, v: V) -> f32 {
         // SAFETY: the token proves AVX-512.
         unsafe {
@@ -204,10 +226,10 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     fn int4(self, x: &[u8; 16]) -> V {
-        look_up(nibbles(x), &INT4)
+        look_up(self, nibbles(self, x), &INT4)
     }
     #[inline(always)]
     fn e2m1(self, x: &[u8; 16]) -> V {
-        look_up(nibbles(x), &super::portable::E2M1)
+        look_up(self, nibbles(self, x), &super::portable::E2M1)
     }
 }

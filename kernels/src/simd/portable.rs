@@ -123,6 +123,10 @@ impl Lanes for Portable {
         fold(v, |a, b| a + b)
     }
     #[inline(always)]
+    fn sum4(self, v: [V; 4]) -> [f32; 4] {
+        v.map(|v| self.sum(v))
+    }
+    #[inline(always)]
     fn peak(self, v: V) -> f32 {
         fold(v, |a, b| if a > b { a } else { b })
     }

@@ -1,0 +1,121 @@
+//! Promise 2: batching, threads and instruction sets change speed, never values.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kernels::simd::Isa;
+use models::cpu::CpuRunner;
+use models::{Batch, Capacity, Checkpoint, Model, NoProbe, Numerics, Runner, WantLogits};
+
+const CASES: [&str; 6] =
+    ["deepseek_v3_groups", "kimi_k2_int4", "kimi_k2_fp8", "gpt_oss_mxfp4", "gpt_oss_bf16", "glm4_moe"];
+
+fn open(name: &str) -> Arc<Model> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    Model::open(Checkpoint::open(&folder).unwrap()).unwrap()
+}
+
+fn prompt(seed: u32, tokens: usize, vocab: usize) -> Vec<u32> {
+    (0..tokens as u32).map(|i| (i * 7919 + seed * 104_729 + i * i) % vocab as u32).collect()
+}
+
+fn runner(model: &Arc<Model>, numerics: Numerics, isa: Isa) -> CpuRunner {
+    let capacity = Capacity { blocks: 16, batch_tokens: 256, logit_rows: 256 };
+    CpuRunner::with_isa(Arc::clone(model), numerics, capacity, isa)
+}
+
+/// Logits of every position of one prompt, in bits.
+fn alone(model: &Arc<Model>, numerics: Numerics, isa: Isa, threads: usize, prompt: &[u32]) -> Vec<u32> {
+    let mut runner = runner(model, numerics, isa);
+    let mut batch = Batch::default();
+    let table: Vec<u32> = (0..4).collect();
+    batch.push(prompt, 0, &table, WantLogits::All);
+    let mut logits = vec![0.0; prompt.len() * model.config.vocab];
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| runner.forward(&batch, &mut NoProbe, &mut logits)).unwrap();
+    logits.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn threads_and_instruction_sets_change_no_bit() {
+    for name in CASES {
+        let model = open(name);
+        let prompt = prompt(1, 90, model.config.vocab);
+        for numerics in [Numerics::Reference, Numerics::Model] {
+            let expected = alone(&model, numerics, Isa::detect(), 1, &prompt);
+            for threads in [2, 3, 5] {
+                let same = expected == alone(&model, numerics, Isa::detect(), threads, &prompt);
+                assert!(same, "{name} {numerics:?} with {threads} threads");
+            }
+            for isa in Isa::available() {
+                let same = expected == alone(&model, numerics, isa, 2, &prompt);
+                assert!(same, "{name} {numerics:?} on {isa:?}");
+            }
+        }
+    }
+}
+
+/// Three sequences of different lengths advance together, in uneven chunks and on interleaved
+/// blocks; each must see what it would see alone.
+#[test]
+fn a_batch_changes_no_bit() {
+    for name in CASES {
+        let model = open(name);
+        let vocab = model.config.vocab;
+        let prompts = [prompt(1, 70, vocab), prompt(2, 130, vocab), prompt(3, 33, vocab)];
+        let tables: [&[u32]; 3] = [&[11, 3], &[0, 9, 4], &[7]];
+        let chunks: [&[usize]; 3] = [&[1, 40, 29], &[64, 1, 65], &[30, 2, 1]];
+        let mut runner = runner(&model, Numerics::Model, Isa::detect());
+        let mut together = vec![Vec::new(); 3];
+        let mut starts = [0; 3];
+        for round in 0..3 {
+            let mut batch = Batch::default();
+            for s in 0..3 {
+                let end = starts[s] + chunks[s][round];
+                batch.push(&prompts[s][starts[s]..end], starts[s], tables[s], WantLogits::All);
+                starts[s] = end;
+            }
+            let mut logits = vec![0.0; batch.tokens.len() * vocab];
+            runner.forward(&batch, &mut NoProbe, &mut logits).unwrap();
+            let mut rows = logits.chunks_exact(vocab);
+            for s in 0..3 {
+                for row in rows.by_ref().take(chunks[s][round]) {
+                    together[s].extend(row.iter().map(|x| x.to_bits()));
+                }
+            }
+        }
+        for s in 0..3 {
+            let expected = alone(&model, Numerics::Model, Isa::detect(), 2, &prompts[s]);
+            assert!(expected == together[s], "{name}, sequence {s}");
+        }
+    }
+}
+
+#[test]
+fn a_wrong_batch_is_an_error_and_leaves_the_cache() {
+    let model = open("kimi_k2");
+    let vocab = model.config.vocab;
+    let mut runner = runner(&model, Numerics::Reference, Isa::detect());
+    let mut logits = vec![0.0; vocab];
+    let mut forward = |tokens: &[u32], start: usize, table: &[u32], logits: &mut [f32]| {
+        let mut batch = Batch::default();
+        batch.push(tokens, start, table, WantLogits::Last);
+        runner.forward(&batch, &mut NoProbe, logits).map_err(|error| error.to_string())
+    };
+    forward(&[1, 2, 3], 0, &[0], &mut logits).unwrap();
+    let error = forward(&[vocab as u32], 3, &[0], &mut logits).unwrap_err();
+    assert!(error.contains("vocabulary"), "{error}");
+    let error = forward(&[1], 0, &[16], &mut logits).unwrap_err();
+    assert!(error.contains("slot"), "{error}");
+    let error = forward(&vec![1; 257], 0, &[0, 1, 2, 3, 4], &mut logits).unwrap_err();
+    assert!(error.contains("257"), "{error}");
+    let error = forward(&[1], 3, &[0], &mut vec![0.0; 3]).unwrap_err();
+    assert!(error.contains("logits"), "{error}");
+    let after = {
+        forward(&[4], 3, &[0], &mut logits).unwrap();
+        logits.clone()
+    };
+    let expected = alone(&model, Numerics::Reference, Isa::detect(), 1, &[1, 2, 3, 4]);
+    let last = &expected[expected.len() - vocab..];
+    assert!(after.iter().zip(last).all(|(a, b)| a.to_bits() == *b));
+}
