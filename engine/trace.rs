@@ -210,8 +210,8 @@ pub fn write(path: &Path, traces: &[PromptTrace], vocab: usize) -> Result<(), Er
         for (l, layer) in trace.layers.iter().enumerate() {
             let out = &layer.out_last;
             add(&format!("layer{l}.out_last"), Dtype::F32, vec![out.len()], floats(out));
-            if layer.top_k > 0 {
-                let shape = vec![layer.ids.len() / layer.top_k, layer.top_k];
+            if let Some(tokens) = layer.ids.len().checked_div(layer.top_k) {
+                let shape = vec![tokens, layer.top_k];
                 add(&format!("layer{l}.topk_idx"), Dtype::I32, shape.clone(), ids(&layer.ids));
                 add(&format!("layer{l}.topk_weight"), Dtype::F32, shape, floats(&layer.weights));
             }

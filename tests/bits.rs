@@ -68,6 +68,7 @@ fn a_batch_changes_no_bit() {
         let mut runner = runner(&model, Numerics::Model, Isa::detect());
         let mut together = vec![Vec::new(); 3];
         let mut starts = [0; 3];
+        #[expect(clippy::needless_range_loop, reason = "rounds run over three lists at once")]
         for round in 0..3 {
             let mut batch = Batch::default();
             for s in 0..3 {
@@ -109,7 +110,7 @@ fn a_wrong_batch_is_an_error_and_leaves_the_cache() {
     assert!(error.contains("slot"), "{error}");
     let error = forward(&vec![1; 257], 0, &[0, 1, 2, 3, 4], &mut logits).unwrap_err();
     assert!(error.contains("257"), "{error}");
-    let error = forward(&[1], 3, &[0], &mut vec![0.0; 3]).unwrap_err();
+    let error = forward(&[1], 3, &[0], &mut [0.0; 3]).unwrap_err();
     assert!(error.contains("logits"), "{error}");
     let after = {
         forward(&[4], 3, &[0], &mut logits).unwrap();

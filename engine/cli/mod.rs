@@ -53,7 +53,7 @@ enum Command {
 #[derive(Args, Clone)]
 struct ComputeArgs {
     /// Threads [default: one per core]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// How exact: f32 throughout, or the precision the model was published for [default: model]
     #[arg(long, value_enum)]
@@ -62,7 +62,7 @@ struct ComputeArgs {
     #[arg(long, value_enum, default_value = "cpu")]
     runner: RunnerArg,
     /// Longest prompt plus output, in tokens [default: what fits, up to 32768]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     context: Option<usize>,
 }
 
@@ -117,13 +117,13 @@ struct SamplingArgs {
     #[arg(long, allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Keep the k most likely tokens; 0 = all
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     top_k: Option<usize>,
     /// Drop tokens less likely than this share of the most likely one
     #[arg(long, allow_negative_numbers = true)]
     min_p: Option<f32>,
     /// Same seed, same output [default: drawn at random]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     seed: Option<u64>,
     /// Penalty on tokens seen in prompt or output; 1 = off
     #[arg(long, allow_negative_numbers = true)]
@@ -135,7 +135,7 @@ struct SamplingArgs {
     #[arg(long, allow_negative_numbers = true)]
     frequency_penalty: Option<f32>,
     /// Most tokens to generate [default: the model's, else what the context leaves]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     max_tokens: Option<usize>,
     /// Text that ends the answer; may be repeated
     #[arg(long)]

@@ -25,10 +25,10 @@ pub struct TraceArgs {
     #[arg(long)]
     output: PathBuf,
     /// Also generate this many tokens greedily, ignoring end-of-sequence
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     greedy: usize,
     /// Split prompts into chunks of this many tokens
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     chunk: Option<std::num::NonZeroUsize>,
     /// Which logits to keep
     #[arg(long, value_enum, default_value = "all")]

@@ -216,6 +216,7 @@ pub struct Mla {
 
 /// The feed-forward part of a layer.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one per layer")]
 pub enum Ffn {
     /// One gated MLP.
     Dense(Mlp),

@@ -18,7 +18,7 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     let layers = (0..base.layers)
         .map(|layer| {
             let block = format!("{}.block_sparse_moe", base.layer_name(layer));
-            let ffn = Ffn::Moe(moe(&base, &block, rule.clone(), intermediate, W_NAMES));
+            let ffn = Ffn::Moe(moe(&base, &block, rule, intermediate, W_NAMES));
             base.layer(layer, Mixer::Gqa(base.gqa(layer, &attention)), ffn)
         })
         .collect();
