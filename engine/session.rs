@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::time::Instant;
 
 use models::cpu::CpuRunner;
 use models::reference::ReferenceRunner;
@@ -83,6 +84,12 @@ pub struct Session {
     pub context: usize,
     /// Threads of the kernels.
     pub threads: usize,
+    /// Name of the runner.
+    pub runner: &'static str,
+    /// The numerics in force.
+    pub numerics: Numerics,
+    /// From the start of loading to a running engine.
+    pub load_seconds: f64,
 }
 
 /// A finished generation.
@@ -102,7 +109,10 @@ impl Session {
     /// # Errors
     /// If the model cannot be opened, or the machine cannot hold the plan.
     pub fn open(name: &str, options: &SessionOptions) -> Result<Self, Error> {
-        Self::start(Loaded::open(name)?, options)
+        let begun = Instant::now();
+        let mut session = Self::start(Loaded::open(name)?, options)?;
+        session.load_seconds = begun.elapsed().as_secs_f64();
+        Ok(session)
     }
 
     /// Starts an engine for a loaded model.
@@ -110,6 +120,7 @@ impl Session {
     /// # Errors
     /// If the machine cannot hold the plan.
     pub fn start(loaded: Loaded, options: &SessionOptions) -> Result<Self, Error> {
+        let begun = Instant::now();
         let model = &loaded.model;
         let weights = model.weight_bytes();
         let sequences = options.sequences.max(1);
@@ -118,8 +129,18 @@ impl Session {
         let pool = options.pool()?;
         let threads = pool.current_num_threads();
         let runner = options.runner(model, limits.capacity())?;
+        let (name, numerics) = (runner.name(), runner.numerics());
         let engine = Engine::start(runner, Arc::clone(&loaded.tokenizer), pool, limits);
-        Ok(Self { engine: Arc::new(engine), plan, context: limits.context, threads, loaded })
+        Ok(Self {
+            engine: Arc::new(engine),
+            plan,
+            context: limits.context,
+            threads,
+            runner: name,
+            numerics,
+            load_seconds: begun.elapsed().as_secs_f64(),
+            loaded,
+        })
     }
 
     /// Ids for a prompt: in chat form if the model has one, else the plain text.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
-use super::run::{PromptForm, stream};
+use super::run::{PromptForm, statistics, stream};
 use super::{SamplingArgs, interrupt, print};
 use crate::error::Error;
 use crate::session::Session;
@@ -59,6 +59,7 @@ fn answer(session: &Session, history: &History, sampling: &SamplingArgs) -> Resu
     request.max_tokens = request.max_tokens.map(|n| n.min(room));
     let answer = stream(session, request, true)?;
     print("\n")?;
+    statistics(session, &answer.summary);
     Ok(answer.text)
 }
 

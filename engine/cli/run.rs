@@ -2,7 +2,6 @@
 
 use std::io::{IsTerminal, Read};
 use std::process::ExitCode;
-use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
@@ -12,7 +11,7 @@ use super::{ComputeArgs, DEMO, SamplingArgs, chat, interrupt, print, usage};
 use crate::error::Error;
 use crate::memory::{Bytes, peak_resident_bytes};
 use crate::request::{Event, Summary};
-use crate::session::{Answer, RunnerKind, Session, SessionOptions};
+use crate::session::{Answer, Session, SessionOptions};
 use crate::tokenizer::Specials;
 
 /// What the built-in model continues when it is asked for nothing.
@@ -65,16 +64,13 @@ impl RunArgs {
 
 /// `moebius` alone: the built-in model shows itself, then chats if there is somebody to chat with.
 pub fn demo() -> Result<ExitCode, Error> {
-    let begun = Instant::now();
-    let options = SessionOptions::default();
-    let session = Session::open(DEMO, &options)?;
-    let load_seconds = begun.elapsed().as_secs_f64();
+    let session = Session::open(DEMO, &SessionOptions::default())?;
     interrupt::install();
     print(&format!("{DEMO_PROMPT}\n"))?;
     let request = session.loaded.request(session.prompt(DEMO_PROMPT)?);
     let answer = stream(&session, request, true)?;
     print("\n")?;
-    statistics(&session, &options, &answer.summary, load_seconds);
+    statistics(&session, &answer.summary);
     if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() && !interrupt::take() {
         eprintln!("This is the built-in model; `moebius run FOLDER` runs another. Say something:");
         let form = PromptForm { raw: false, system: None, content_specials: Specials::Plain };
@@ -100,9 +96,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode, Error> {
         return Ok(usage("the prompt is empty"));
     }
 
-    let begun = Instant::now();
     let session = Session::open(&args.model, &options)?;
-    let load_seconds = begun.elapsed().as_secs_f64();
     eprintln!("{}: context {} tokens; {}", session.loaded.name, session.context, session.plan);
     interrupt::install();
     let Some(prompt) = prompt else { return chat::chat(&session, &args.form(), &args.sampling) };
@@ -113,10 +107,10 @@ pub fn run(args: &RunArgs) -> Result<ExitCode, Error> {
     args.sampling.apply(&mut request);
     let answer = stream(&session, request, !args.json)?;
     if args.json {
-        print(&format!("{}\n", result(&session, &options, &answer, load_seconds)))?;
+        print(&format!("{}\n", result(&session, &answer)))?;
     } else {
         print("\n")?;
-        statistics(&session, &options, &answer.summary, load_seconds);
+        statistics(&session, &answer.summary);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -175,37 +169,26 @@ fn rates(summary: &Summary) -> (f64, f64) {
     (rate(summary.prompt_tokens, summary.prefill_seconds), rate(decoded, summary.decode_seconds))
 }
 
-fn runner_name(options: &SessionOptions) -> &'static str {
-    match options.runner {
-        RunnerKind::Reference => "reference",
-        RunnerKind::Cpu => "cpu",
-    }
-}
-
 /// One line of statistics on stderr.
-pub fn statistics(session: &Session, options: &SessionOptions, summary: &Summary, load_seconds: f64) {
+pub fn statistics(session: &Session, summary: &Summary) {
     let (prefill, decode) = rates(summary);
     eprintln!(
-        "[{} prompt tokens, {prefill:.1}/s; {} tokens, {decode:.1}/s; first after {:.2} s; loaded in {load_seconds:.2} s; \
+        "[{} prompt tokens, {prefill:.1}/s; {} tokens, {decode:.1}/s; first after {:.2} s; loaded in {:.2} s; \
          peak memory {}; {} runner, {} numerics, {} threads; ended by {}]",
         summary.prompt_tokens,
         summary.completion_tokens,
         summary.time_to_first_token_seconds,
+        session.load_seconds,
         Bytes(peak_resident_bytes()),
-        runner_name(options),
-        options.numerics().as_str(),
+        session.runner,
+        session.numerics.as_str(),
         session.threads,
         summary.reason.as_str(),
     );
 }
 
 /// The object of `run --json`.
-fn result(
-    session: &Session,
-    options: &SessionOptions,
-    answer: &Answer,
-    load_seconds: f64,
-) -> serde_json::Value {
+fn result(session: &Session, answer: &Answer) -> serde_json::Value {
     let summary = &answer.summary;
     let (prefill, decode) = rates(summary);
     json!({
@@ -214,13 +197,13 @@ fn result(
         "prompt_tokens": summary.prompt_tokens,
         "completion_tokens": summary.completion_tokens,
         "finish_reason": summary.reason.as_str(),
-        "load_seconds": load_seconds,
+        "load_seconds": session.load_seconds,
         "time_to_first_token_seconds": summary.time_to_first_token_seconds,
         "prefill_tokens_per_second": prefill,
         "decode_tokens_per_second": decode,
         "peak_rss_bytes": peak_resident_bytes(),
-        "numerics": options.numerics().as_str(),
-        "runner": runner_name(options),
+        "numerics": session.numerics.as_str(),
+        "runner": session.runner,
         "threads": session.threads,
     })
 }

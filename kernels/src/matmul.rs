@@ -160,10 +160,11 @@ fn check((tokens, width): (usize, usize), w: (usize, usize), bias: Option<&[f32]
 
 /// Multiply-adds of one piece of a product of `work` of them: four pieces per thread, none small.
 pub(crate) fn grain(work: usize) -> usize {
-    match rayon::current_num_threads() {
-        1 => usize::MAX,
-        threads => SMALL.max(work / (4 * threads)),
+    // Asking for the number of threads starts rayon's own pool if there is no other: not for small work.
+    if work <= SMALL || rayon::current_num_threads() == 1 {
+        return usize::MAX;
     }
+    SMALL.max(work / (4 * rayon::current_num_threads()))
 }
 
 /// Cuts a product into pieces of about `grain` multiply-adds.

@@ -95,6 +95,41 @@ fn transposed_meets_the_reference_with_the_same_bits_everywhere() {
     }
 }
 
+/// The canonical order, as `simd` states it.
+#[test]
+fn sums_are_taken_in_the_written_order() {
+    let mut random = Random(7);
+    for format in FORMATS {
+        for cols in if format.grouped() { [32, 800, 4096] } else { [17, 801, 4100] } {
+            let weight = Weight::random(&mut random, format, 9, cols);
+            let w = weight.matrix();
+            let values = reference::dequantize(&w);
+            let x = random.values(4 * cols);
+            let mut out = vec![f32::NAN; 4 * 9];
+            matmul(Isa::detect(), &x, &w, None, &mut out);
+            let y = random.values(4 * 9);
+            let mut out_transposed = vec![f32::NAN; 4 * cols];
+            matmul_transposed(Isa::detect(), &y, &w, None, &mut out_transposed);
+            for t in 0..4 {
+                for r in 0..9 {
+                    let mut lanes = [0.0f32; 32];
+                    for k in 0..cols {
+                        lanes[k % 32] = values[r * cols + k].mul_add(x[t * cols + k], lanes[k % 32]);
+                    }
+                    for half in [16, 8, 4, 2, 1] {
+                        (0..half).for_each(|j| lanes[j] += lanes[j + half]);
+                    }
+                    assert_eq!(out[t * 9 + r].to_bits(), lanes[0].to_bits(), "{format:?} {cols}");
+                }
+                for j in 0..cols {
+                    let sum = (0..9).fold(0.0f32, |sum, i| y[t * 9 + i].mul_add(values[i * cols + j], sum));
+                    assert_eq!(out_transposed[t * cols + j].to_bits(), sum.to_bits(), "{format:?} {cols}");
+                }
+            }
+        }
+    }
+}
+
 /// Large enough that the product is cut over rows of w, and with few rows of w over rows of x.
 #[test]
 fn threads_and_cuts_change_nothing() {

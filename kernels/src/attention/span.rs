@@ -294,22 +294,24 @@ fn weigh<L: Lanes, E: Element, const T: usize>(
     keep: [f32; T],
     mut states: [&mut [Chunk]; T],
 ) {
-    let (whole, chunks) = (page.width / LANES, page.width.div_ceil(LANES));
+    let whole = page.width / LANES;
     let weights = weights.map(|w| &w.as_flattened()[offsets.0..offsets.1]);
     let mut c = 0;
     while c + 2 <= whole {
-        weigh_chunks::<L, E, T, 2>(l, page, (c, offsets.0), weights, keep, &mut states);
+        weigh_chunks::<L, E, T, 2, false>(l, page, (c, offsets.0), weights, keep, &mut states);
         c += 2;
     }
-    while c < chunks {
-        weigh_chunks::<L, E, T, 1>(l, page, (c, offsets.0), weights, keep, &mut states);
-        c += 1;
+    if c < whole {
+        weigh_chunks::<L, E, T, 1, false>(l, page, (c, offsets.0), weights, keep, &mut states);
+    }
+    if whole * LANES < page.width {
+        weigh_chunks::<L, E, T, 1, true>(l, page, (whole, offsets.0), weights, keep, &mut states);
     }
 }
 
-/// `C` chunks of [`weigh`]; with more than one, all of them whole.
+/// `C` whole chunks of [`weigh`], or the `TAIL` after them.
 #[inline(always)]
-fn weigh_chunks<L: Lanes, E: Element, const T: usize, const C: usize>(
+fn weigh_chunks<L: Lanes, E: Element, const T: usize, const C: usize, const TAIL: bool>(
     l: L,
     page: Page<'_, E>,
     (chunk, offset): (usize, usize),
@@ -326,7 +328,7 @@ fn weigh_chunks<L: Lanes, E: Element, const T: usize, const C: usize>(
     for j in 0..weights[0].len() {
         let row = page.row(offset + j);
         for c in 0..C {
-            let v = if chunk + c < page.width / LANES { row.chunk(l, chunk + c) } else { row.tail(l) };
+            let v = if TAIL { row.tail(l) } else { row.chunk(l, chunk + c) };
             for (sums, weights) in sums.iter_mut().zip(weights) {
                 sums[c] = l.fma(l.splat(weights[j]), v, sums[c]);
             }

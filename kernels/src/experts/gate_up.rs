@@ -22,6 +22,8 @@ pub(super) struct GateUpProduct<'a> {
 }
 
 impl GateUpProduct<'_> {
+    // Not into the recursion that cuts the work: its frames should not hold these blocks.
+    #[inline(never)]
     pub(super) fn run(mut self, isa: Isa) {
         for column in (0..self.out.width()).step_by(BLOCK) {
             let width = BLOCK.min(self.out.width() - column);
