@@ -1,12 +1,14 @@
 //! `moebius check`: two runners side by side, layer by layer, and a scan for NaN and infinite weights.
 
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use clap::Args;
-use models::check::{LOGIT_ROWS, Tolerance, compare, scan_weights};
-use models::{Capacity, Numerics};
+use models::check::{LOGIT_ROWS, Scanned, Tolerance, compare, scan_weights_with};
+use models::{Capacity, Model, Numerics};
 use serde_json::json;
 
+use super::progress::{Progress, Unit};
 use super::{ComputeArgs, DEMO, print};
 use crate::error::Error;
 use crate::loaded::Loaded;
@@ -49,7 +51,7 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode, Error> {
     let trusted = SessionOptions { runner: RunnerKind::Reference, ..tested.clone() };
     let pool = tested.pool()?;
     if !args.skip_scan {
-        let scanned = pool.install(|| scan_weights(model))?;
+        let scanned = pool.install(|| scan(model))?;
         eprintln!("{} tensors hold no NaN and no infinity", scanned.tensors);
     }
     let prompt = loaded.tokenizer.encode(&args.prompt, Specials::Plain)?;
@@ -94,4 +96,17 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode, Error> {
         numerics.as_str()
     );
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reads all weights, with a bar.
+fn scan(model: &Model) -> Result<Scanned, Error> {
+    let total = model.weight_bytes() as u64;
+    let progress = Mutex::new((Progress::new("reading weights", Unit::Bytes), 0));
+    let scanned = scan_weights_with(model, &|bytes| {
+        let mut progress = progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        progress.1 += bytes as u64;
+        let done = progress.1;
+        progress.0.set(done, total);
+    });
+    Ok(scanned?)
 }

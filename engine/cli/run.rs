@@ -122,7 +122,10 @@ fn room(session: &Session, prompt_tokens: usize) -> usize {
 }
 
 fn prompt_ids(session: &Session, form: &PromptForm, prompt: &str) -> Result<Vec<u32>, Error> {
-    if form.raw {
+    if form.raw || session.loaded.template.is_none() {
+        if !form.raw {
+            eprintln!("{} has no chat template; continuing plain text", session.loaded.name);
+        }
         return Ok(session.loaded.tokenizer.encode(prompt, Specials::Parse)?);
     }
     let mut messages = Vec::new();

@@ -3,6 +3,9 @@
 
 use kernels::attention::PAGE;
 
+use crate::error::{Error, Result};
+use crate::runner::Capacity;
+
 /// Tokens of one cache block.
 pub const PAGE_TOKENS: usize = PAGE;
 
@@ -87,6 +90,65 @@ impl Batch {
             WantLogits::Last => self.logit_rows.push(last),
             WantLogits::All => self.logit_rows.extend(first as u32..=last),
         }
+    }
+
+    /// Checks everything that can be wrong with a batch before a runner of `capacity` writes
+    /// anything; `logits` is the length of the slice for them.
+    ///
+    /// # Errors
+    /// Says what does not fit.
+    pub fn check(&self, capacity: &Capacity, vocab: usize, logits: usize) -> Result<()> {
+        let fail = |message: String| Err(Error::Run(message));
+        let (tokens, blocks) = (self.tokens.len(), capacity.blocks);
+        if tokens > capacity.batch_tokens {
+            return fail(format!("a batch of {tokens} tokens; the limit is {}", capacity.batch_tokens));
+        }
+        if (self.positions.len(), self.slots.len()) != (tokens, tokens) {
+            let counts = format!("{} positions and {} slots", self.positions.len(), self.slots.len());
+            return fail(format!("a batch of {tokens} tokens has {counts}"));
+        }
+        if let Some(id) = self.tokens.iter().find(|id| **id as usize >= vocab) {
+            return fail(format!("token id {id} is outside the vocabulary of {vocab}"));
+        }
+        if let Some(slot) = self.slots.iter().find(|slot| **slot as usize >= blocks * PAGE) {
+            return fail(format!("cache slot {slot} is outside the capacity of {blocks} blocks of {PAGE}"));
+        }
+        if let Some(block) = self.tables.iter().find(|block| **block as usize >= blocks) {
+            return fail(format!("cache block {block} is outside the capacity of {blocks} blocks"));
+        }
+        let mut next = 0;
+        for span in &self.sequences {
+            let end = span.first + span.tokens;
+            if span.first != next || span.tokens == 0 || end > tokens {
+                return fail(format!(
+                    "a sequence of tokens {}..{end} does not follow token {next}",
+                    span.first
+                ));
+            }
+            let positions = &self.positions[span.first..end];
+            if positions.windows(2).any(|pair| pair[0].checked_add(1) != Some(pair[1])) {
+                return fail(format!("the positions of tokens {}..{end} are not consecutive", span.first));
+            }
+            let last = positions[span.tokens - 1] as usize;
+            if span.table + span.blocks > self.tables.len() || last / PAGE >= span.blocks {
+                return fail(format!("position {last} is outside its block table of {} blocks", span.blocks));
+            }
+            next = end;
+        }
+        if next != tokens {
+            return fail(format!("sequences cover {next} of {tokens} tokens"));
+        }
+        let rows = self.logit_rows.len();
+        if rows > capacity.logit_rows {
+            return fail(format!("{rows} rows of logits; the limit is {}", capacity.logit_rows));
+        }
+        if let Some(row) = self.logit_rows.iter().find(|row| **row as usize >= tokens) {
+            return fail(format!("logits of token {row} are asked for; the batch has {tokens}"));
+        }
+        if logits != rows * vocab {
+            return fail(format!("{rows} rows of {vocab} logits do not fit a slice of {}", logits));
+        }
+        Ok(())
     }
 
     /// The block table of a span.

@@ -11,7 +11,7 @@ use kernels::attention::PAGE;
 use crate::batch::{Batch, WantLogits};
 use crate::error::{Error, Result};
 use crate::runner::{Point, Probe, Runner};
-pub use scan::{Scanned, scan_weights};
+pub use scan::{Scanned, scan_weights, scan_weights_with};
 
 /// Logits are compared for this many last tokens of the prompt; both runners need the capacity.
 pub const LOGIT_ROWS: usize = 16;

@@ -191,14 +191,15 @@ impl<'a> Fields<'a> {
         Ok(layers)
     }
 
-    /// A finite number.
+    /// A number that is finite in f32, in which it is computed with.
     ///
     /// # Errors
     /// If it is there and is none.
     pub fn opt_number(&self, name: &str) -> Result<Option<f64>> {
         let Some(value) = self.value(name) else { return Ok(None) };
-        match value.as_f64().filter(|number| number.is_finite()) {
-            Some(number) => Ok(Some(number)),
+        match value.as_f64() {
+            Some(number) if (number as f32).is_finite() => Ok(Some(number)),
+            Some(number) => Err(self.error(name, format!("{number:e} is out of range"))),
             None => Err(self.error(name, format!("{value} is not a number"))),
         }
     }
@@ -262,7 +263,7 @@ impl<'a> Fields<'a> {
             Some(value) if !allowed.contains(value) => {
                 let list: Vec<String> = allowed.iter().map(Value::to_string).collect();
                 let list = if list.is_empty() { "null".to_owned() } else { list.join(", ") };
-                Err(self.error(name, format!("{value} is not supported (only {list})")))
+                Err(self.error(name, format!("{} is not supported (only {list})", shown(value))))
             }
             _ => Ok(()),
         }
@@ -289,11 +290,22 @@ impl<'a> Fields<'a> {
                 Value::Bool(true) => false,
             };
             if !off && !taken.contains(name) && !NEUTRAL.contains(&name.as_str()) {
-                let message = format!("{value} is not understood and may change what the model computes");
+                let message =
+                    format!("{} is not understood and may change what the model computes", shown(value));
                 return Err(self.error(name, message));
             }
         }
         Ok(())
+    }
+}
+
+/// A value for a message: the beginning of a long one.
+fn shown(value: &Value) -> String {
+    const MOST: usize = 200;
+    let text = value.to_string();
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
     }
 }
 

@@ -50,6 +50,11 @@ impl Role {
     }
 }
 
+/// Most tensors of one model (Kimi K2 has 210,000), and most weights (it has 2^40): what a
+/// configuration may ask for before anything of it has been found.
+const MAX_TENSORS: usize = 1 << 20;
+const MAX_PARAMETERS: usize = 1 << 50;
+
 /// Types a plain weight may have.
 pub const PLAIN: &[Dtype] = &[Dtype::F32, Dtype::F16, Dtype::BF16];
 
@@ -74,19 +79,20 @@ struct Manifest<'a> {
     config: &'a ModelConfig,
     present: &'a dyn Fn(&str) -> bool,
     tensors: Vec<TensorSpec>,
+    parameters: usize,
 }
 
 /// Every tensor the description asks for. `present` says what the files hold, where a family is
 /// published in more than one layout (`|_| false` = the customary one).
 ///
 /// # Errors
-/// If a quantised weight's shape does not fit its format.
+/// If a quantised weight's shape does not fit its format, or there is more than any model has.
 pub fn manifest(config: &ModelConfig, present: &dyn Fn(&str) -> bool) -> Result<Vec<TensorSpec>> {
-    let mut m = Manifest { config, present, tensors: Vec::new() };
-    m.plain(&config.embedding, &[config.vocab, config.hidden], Role::Embedding);
-    m.plain(&config.final_norm, &[config.hidden], Role::Norm);
+    let mut m = Manifest { config, present, tensors: Vec::new(), parameters: 0 };
+    m.plain(&config.embedding, &[config.vocab, config.hidden], Role::Embedding)?;
+    m.plain(&config.final_norm, &[config.hidden], Role::Norm)?;
     if let Some(head) = &config.head {
-        m.plain(head, &[config.vocab, config.hidden], Role::Head);
+        m.plain(head, &[config.vocab, config.hidden], Role::Head)?;
     }
     for layer in &config.layers {
         m.layer(layer)?;
@@ -95,24 +101,37 @@ pub fn manifest(config: &ModelConfig, present: &dyn Fn(&str) -> bool) -> Result<
 }
 
 impl Manifest<'_> {
+    /// Adds a tensor; `unpacked` are the dimensions of the weights it stands for, none for a scale.
     fn push(
         &mut self,
         name: String,
         dtypes: &'static [Dtype],
         shape: Vec<usize>,
         role: Role,
-        parameters: usize,
-    ) {
+        unpacked: &[usize],
+    ) -> Result<()> {
+        let parameters = match unpacked {
+            [] => Some(0),
+            dims => dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim)),
+        };
+        let room = |n: &usize| *n <= MAX_PARAMETERS - self.parameters && self.tensors.len() < MAX_TENSORS;
+        let Some(parameters) = parameters.filter(room) else {
+            let limits = format!("{MAX_TENSORS} tensors and {MAX_PARAMETERS} weights");
+            let message = format!("with its {shape:?} the configuration asks for more than {limits}");
+            return Err(Error::tensor(name, message));
+        };
+        self.parameters += parameters;
         self.tensors.push(TensorSpec { name, dtypes, shape, role, parameters });
+        Ok(())
     }
 
-    fn plain(&mut self, name: &str, shape: &[usize], role: Role) {
-        self.push(name.to_owned(), PLAIN, shape.to_vec(), role, shape.iter().product());
+    fn plain(&mut self, name: &str, shape: &[usize], role: Role) -> Result<()> {
+        self.push(name.to_owned(), PLAIN, shape.to_vec(), role, shape)
     }
 
     fn layer(&mut self, layer: &LayerSpec) -> Result<()> {
-        self.plain(&layer.input_norm, &[self.config.hidden], Role::Norm);
-        self.plain(&layer.post_norm, &[self.config.hidden], Role::Norm);
+        self.plain(&layer.input_norm, &[self.config.hidden], Role::Norm)?;
+        self.plain(&layer.post_norm, &[self.config.hidden], Role::Norm)?;
         match &layer.mixer {
             Mixer::Gqa(gqa) => self.gqa(gqa)?,
             Mixer::Mla(mla) => self.mla(mla)?,
@@ -135,11 +154,11 @@ impl Manifest<'_> {
             QkNorm::Whole { q, k } => Some((q, k, gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim)),
         };
         if let Some((q, k, q_width, k_width)) = widths {
-            self.plain(q, &[q_width], Role::Norm);
-            self.plain(k, &[k_width], Role::Norm);
+            self.plain(q, &[q_width], Role::Norm)?;
+            self.plain(k, &[k_width], Role::Norm)?;
         }
         if let Some(sinks) = &gqa.sinks {
-            self.plain(sinks, &[gqa.heads], Role::Attention);
+            self.plain(sinks, &[gqa.heads], Role::Attention)?;
         }
         Ok(())
     }
@@ -149,11 +168,11 @@ impl Manifest<'_> {
             MlaQuery::Direct(q) => self.linear(q, Role::Attention)?,
             MlaQuery::LowRank { a, norm, b } => {
                 self.linear(a, Role::Attention)?;
-                self.plain(norm, &[a.rows], Role::Norm);
+                self.plain(norm, &[a.rows], Role::Norm)?;
                 self.linear(b, Role::Attention)?;
             }
         }
-        self.plain(&mla.kv_norm, &[mla.kv_rank], Role::Norm);
+        self.plain(&mla.kv_norm, &[mla.kv_rank], Role::Norm)?;
         for linear in [&mla.kv_a, &mla.kv_b, &mla.o] {
             self.linear(linear, Role::Attention)?;
         }
@@ -169,12 +188,12 @@ impl Manifest<'_> {
 
     fn moe(&mut self, moe: &Moe) -> Result<()> {
         let (experts, hidden, inter) = (moe.rule.experts, self.config.hidden, moe.intermediate);
-        self.plain(&format!("{}.weight", moe.router.name), &[experts, hidden], Role::Router);
+        self.plain(&format!("{}.weight", moe.router.name), &[experts, hidden], Role::Router)?;
         if moe.router.bias {
-            self.plain(&format!("{}.bias", moe.router.name), &[experts], Role::Router);
+            self.plain(&format!("{}.bias", moe.router.name), &[experts], Role::Router)?;
         }
         if let Some(bias) = &moe.selection_bias {
-            self.plain(bias, &[experts], Role::Router);
+            self.plain(bias, &[experts], Role::Router)?;
         }
         if let Some(shared) = &moe.shared {
             self.mlp(shared, Role::SharedExpert)?;
@@ -183,8 +202,8 @@ impl Manifest<'_> {
         match &moe.experts {
             Experts::PerExpert { prefix, .. } if (self.present)(&fused(prefix).0) => {
                 let (gate_up, down) = fused(prefix);
-                self.plain(&gate_up, &[experts, 2 * inter, hidden], role);
-                self.plain(&down, &[experts, hidden, inter], role);
+                self.plain(&gate_up, &[experts, 2 * inter, hidden], role)?;
+                self.plain(&down, &[experts, hidden, inter], role)?;
             }
             Experts::PerExpert { prefix, gate, up, down } => {
                 for e in 0..experts {
@@ -205,18 +224,13 @@ impl Manifest<'_> {
                         groups_of_32(&name, cols)?;
                         let groups = vec![experts, rows, cols / GROUP];
                         let blocks = [&groups[..], &[GROUP / 2]].concat();
-                        self.push(
-                            format!("{name}_blocks"),
-                            &[Dtype::U8],
-                            blocks,
-                            role,
-                            experts * rows * cols,
-                        );
-                        self.push(format!("{name}_scales"), &[Dtype::U8], groups, role, 0);
+                        let unpacked = [experts, rows, cols];
+                        self.push(format!("{name}_blocks"), &[Dtype::U8], blocks, role, &unpacked)?;
+                        self.push(format!("{name}_scales"), &[Dtype::U8], groups, role, &[])?;
                     } else {
-                        self.plain(&name, &[experts, cols, rows], role);
+                        self.plain(&name, &[experts, cols, rows], role)?;
                     }
-                    self.plain(&format!("{name}_bias"), &[experts, rows], role);
+                    self.plain(&format!("{name}_bias"), &[experts, rows], role)?;
                 }
             }
         }
@@ -225,32 +239,27 @@ impl Manifest<'_> {
 
     fn linear(&mut self, linear: &Linear, role: Role) -> Result<()> {
         let Linear { name, rows, cols, bias } = linear;
-        let parameters = rows * cols;
+        let unpacked = [*rows, *cols];
         match self.config.quantisation.stored(name) {
-            Stored::Plain => self.plain(&format!("{name}.weight"), &[*rows, *cols], role),
+            Stored::Plain => self.plain(&format!("{name}.weight"), &unpacked, role)?,
             Stored::Fp8 => {
-                self.push(format!("{name}.weight"), &[Dtype::F8_E4M3], vec![*rows, *cols], role, parameters);
+                self.push(format!("{name}.weight"), &[Dtype::F8_E4M3], unpacked.to_vec(), role, &unpacked)?;
                 let blocks = vec![rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK)];
-                self.push(format!("{name}.weight_scale_inv"), &[Dtype::F32], blocks, role, 0);
+                self.push(format!("{name}.weight_scale_inv"), &[Dtype::F32], blocks, role, &[])?;
             }
             Stored::Int4 => {
                 groups_of_32(name, *cols)?;
-                self.push(
-                    format!("{name}.weight_packed"),
-                    &[Dtype::I32],
-                    vec![*rows, cols / 8],
-                    role,
-                    parameters,
-                );
-                self.push(format!("{name}.weight_scale"), &[Dtype::BF16], vec![*rows, cols / GROUP], role, 0);
-                self.push(format!("{name}.weight_shape"), &[Dtype::I64, Dtype::I32], vec![2], role, 0);
+                let (packed, scales) = (vec![*rows, cols / 8], vec![*rows, cols / GROUP]);
+                self.push(format!("{name}.weight_packed"), &[Dtype::I32], packed, role, &unpacked)?;
+                self.push(format!("{name}.weight_scale"), &[Dtype::BF16], scales, role, &[])?;
+                self.push(format!("{name}.weight_shape"), &[Dtype::I64, Dtype::I32], vec![2], role, &[])?;
             }
             Stored::Mxfp4 => {
                 return Err(Error::tensor(name, "MXFP4 is supported for fused experts only"));
             }
         }
         if *bias {
-            self.plain(&format!("{name}.bias"), &[*rows], role);
+            self.plain(&format!("{name}.bias"), &[*rows], role)?;
         }
         Ok(())
     }

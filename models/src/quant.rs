@@ -3,9 +3,15 @@
 //! Only what the engine executes from the mapped bytes is accepted; anything else is an error that
 //! names the field, because a wrong guess here gives a model that talks nonsense.
 
+use std::collections::HashSet;
+
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+
+/// Most patterns with wildcards, and largest compiled expression: every name is held against each.
+const MAX_PATTERNS: usize = 256;
+const MAX_EXPRESSION_BYTES: usize = 1 << 18;
 
 /// How one linear weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,13 +36,46 @@ pub struct Quantisation {
 struct Scheme {
     stored: Stored,
     /// Modules left unquantised.
-    ignore: Vec<Pattern>,
+    ignore: Ignore,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Ignore {
+    /// The module itself, anything below it, or every module whose last name this is.
+    names: HashSet<String>,
+    patterns: Vec<Pattern>,
+}
+
+impl Ignore {
+    fn parse(list: &[Value], field: &str) -> Result<Self> {
+        let mut ignore = Self::default();
+        for item in list {
+            let text = item.as_str().ok_or_else(|| Error::config(field, "holds a non-string"))?;
+            match Pattern::parse(text, field)? {
+                Some(pattern) => ignore.patterns.push(pattern),
+                None => {
+                    ignore.names.insert(text.to_owned());
+                }
+            }
+            if ignore.patterns.len() > MAX_PATTERNS {
+                return Err(Error::config(field, format!("has more than {MAX_PATTERNS} patterns")));
+            }
+        }
+        Ok(ignore)
+    }
+
+    fn matches(&self, name: &str) -> bool {
+        // "gate" names every module called so; "lm_head" or a full path names one and its children.
+        let mut above = name.match_indices('.').map(|(end, _)| &name[..end]).chain([name]);
+        let last = name.rsplit('.').next().unwrap_or(name);
+        self.names.contains(last)
+            || above.any(|module| self.names.contains(module))
+            || self.patterns.iter().any(|pattern| pattern.matches(name))
+    }
 }
 
 #[derive(Clone, Debug)]
 enum Pattern {
-    /// The module itself or anything below it.
-    Name(String),
     /// `*` stands for any run of characters.
     Glob(String),
     /// compressed-tensors' `re:` form, matched from the start of the name.
@@ -44,31 +83,21 @@ enum Pattern {
 }
 
 impl Pattern {
-    fn parse(text: &str) -> Result<Self> {
-        if let Some(expression) = text.strip_prefix("re:") {
-            let anchored = format!("^(?:{expression})");
-            let regex = regex::Regex::new(&anchored).map_err(|error| {
-                Error::config(
-                    "quantization_config.ignore",
-                    format!("{text:?} is no regular expression: {error}"),
-                )
-            })?;
-            Ok(Self::Regex(regex))
-        } else if text.contains('*') {
-            Ok(Self::Glob(text.to_owned()))
-        } else {
-            Ok(Self::Name(text.to_owned()))
+    /// `None` for a plain name.
+    fn parse(text: &str, field: &str) -> Result<Option<Self>> {
+        let Some(expression) = text.strip_prefix("re:") else {
+            return Ok(text.contains('*').then(|| Self::Glob(text.to_owned())));
+        };
+        let mut builder = regex::RegexBuilder::new(&format!("^(?:{expression})"));
+        builder.size_limit(MAX_EXPRESSION_BYTES).dfa_size_limit(MAX_EXPRESSION_BYTES);
+        match builder.build() {
+            Ok(regex) => Ok(Some(Self::Regex(regex))),
+            Err(error) => Err(Error::config(field, format!("{text:?} cannot be used: {error}"))),
         }
     }
 
     fn matches(&self, name: &str) -> bool {
         match self {
-            // "gate" names every module called so; "lm_head" or a full path names one and its children.
-            Self::Name(pattern) => {
-                let below = name.strip_prefix(pattern.as_str());
-                below.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-                    || name.rsplit('.').next() == Some(pattern)
-            }
             Self::Glob(pattern) => glob(pattern.as_bytes(), name.as_bytes()),
             Self::Regex(regex) => regex.is_match(name),
         }
@@ -132,15 +161,11 @@ impl Quantisation {
                 return Err(Error::config(field("quant_method"), message));
             }
         };
-        let mut ignore = Vec::new();
-        if let Some(list) = config.get(ignore_field).filter(|v| !v.is_null()) {
-            let list = list.as_array().ok_or_else(|| Error::config(field(ignore_field), "is not a list"))?;
-            for item in list {
-                let item =
-                    item.as_str().ok_or_else(|| Error::config(field(ignore_field), "holds a non-string"))?;
-                ignore.push(Pattern::parse(item)?);
-            }
-        }
+        let ignore = match config.get(ignore_field) {
+            None | Some(Value::Null) => Ignore::default(),
+            Some(Value::Array(list)) => Ignore::parse(list, &field(ignore_field))?,
+            Some(_) => return Err(Error::config(field(ignore_field), "is not a list")),
+        };
         Ok(Self { scheme: Some(Scheme { stored, ignore }) })
     }
 
@@ -148,7 +173,7 @@ impl Quantisation {
     /// Norms, embeddings, the head and routers are never asked for.
     pub fn stored(&self, name: &str) -> Stored {
         match &self.scheme {
-            Some(scheme) if !scheme.ignore.iter().any(|pattern| pattern.matches(name)) => scheme.stored,
+            Some(scheme) if !scheme.ignore.matches(name) => scheme.stored,
             _ => Stored::Plain,
         }
     }
@@ -223,13 +248,16 @@ mod tests {
 
     #[test]
     fn names_globs_and_expressions_select_modules() {
-        let name = Pattern::parse("lm_head").unwrap();
+        let ignore = |text: &str| Ignore::parse(&[text.into()], "ignore").unwrap();
+        let name = ignore("lm_head");
         assert!(name.matches("lm_head") && !name.matches("lm_heads") && name.matches("model.lm_head"));
-        let glob = Pattern::parse("model.layers.*.self_attn").unwrap();
+        let path = ignore("model.layers.1");
+        assert!(path.matches("model.layers.1.mlp.gate") && !path.matches("model.layers.10.mlp.gate"));
+        let glob = ignore("model.layers.*.self_attn");
         assert!(glob.matches("model.layers.12.self_attn.q_proj"));
         assert!(!glob.matches("model.layers.12.mlp.gate"));
         assert!(!glob.matches("model.layers.12.self_attention.q_proj"));
-        let regex = Pattern::parse(r"re:.*mlp\.(gate|up|gate_up|down)_proj.*").unwrap();
+        let regex = ignore(r"re:.*mlp\.(gate|up|gate_up|down)_proj.*");
         assert!(regex.matches("model.layers.0.mlp.gate_proj"));
         assert!(!regex.matches("model.layers.1.mlp.experts.3.gate_proj"));
     }

@@ -10,6 +10,9 @@ use crate::config::Rope;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
 
+/// Most rotated values of a head; published models have up to 256.
+const MAX_DIM: usize = 4096;
+
 /// The rotation of one kind of layer, and what its scaling does to the softmax scale.
 pub struct Scaled {
     /// The rotation.
@@ -28,7 +31,7 @@ fn mscale(factor: f64, m: f64) -> f64 {
 /// `dim` rotated values.
 ///
 /// # Errors
-/// If a field is missing, or the kind of scaling is not supported.
+/// If a field is missing or impossible, or the kind of scaling is not supported.
 pub fn read(fields: &Fields, dim: usize, rotation: Rotation, default_theta: f64) -> Result<Scaled> {
     let scaling = match fields.object("rope_parameters")? {
         Some(parameters) => {
@@ -46,7 +49,7 @@ pub fn read(fields: &Fields, dim: usize, rotation: Rotation, default_theta: f64)
         Some(theta) => theta,
         None => fields.opt_number("rope_theta")?.unwrap_or(default_theta),
     };
-    if theta <= 1.0 || !dim.is_multiple_of(2) || dim == 0 {
+    if theta <= 1.0 || !dim.is_multiple_of(2) || dim == 0 || dim > MAX_DIM {
         let message = format!("theta {theta} over {dim} values cannot be rotated");
         return Err(Error::config(fields.path("rope_theta"), message));
     }
@@ -88,6 +91,11 @@ pub fn read(fields: &Fields, dim: usize, rotation: Rotation, default_theta: f64)
             result
         }
     };
+    let squared = mscale_all_dim.powi(2) as f32;
+    if !inv_freq.iter().chain([&attention_scale, &squared]).all(|value| value.is_finite()) {
+        let field = scaling.map_or(fields.path("rope_theta"), |scaling| scaling.path("factor"));
+        return Err(Error::config(field, "gives frequencies or scales that are not finite"));
+    }
     Ok(Scaled { rope: Rope { dim, rotation, inv_freq, attention_scale }, mscale_all_dim })
 }
 

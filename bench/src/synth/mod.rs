@@ -68,10 +68,10 @@ impl fmt::Display for SynthError {
                 write!(f, "{} is not empty; --force replaces the checkpoint in it", path.display())
             }
             Self::Full { path, needed_bytes } => {
-                let (path, gib) = (path.display(), *needed_bytes as f64 / (1u64 << 30) as f64);
+                let (path, mib) = (path.display(), needed_bytes.div_ceil(1 << 20));
                 write!(
                     f,
-                    "{path}: the disk is full; the checkpoint needs {gib:.1} GiB. What was written is removed"
+                    "{path}: the disk is full; the checkpoint needs {mib} MiB. What was written is removed"
                 )
             }
             Self::Io(path, error) => write!(f, "{}: {error}", path.display()),

@@ -3,8 +3,11 @@
 
 use serde_json::{Value, json};
 
-/// Name and configuration of every published shape, for names.
-pub(crate) const PUBLISHED: &[(&str, fn() -> Value)] = &[
+/// A name and the configuration it stands for.
+pub(crate) type Shape = (&'static str, fn() -> Value);
+
+/// Whole published shapes.
+pub(crate) const PUBLISHED: &[Shape] = &[
     ("full:moonshotai-Kimi-K2-Thinking", kimi_k2_thinking),
     ("full:moonshotai-Kimi-K2-Instruct", kimi_k2_instruct),
     ("full:moonshotai-Kimi-K2-Instruct-0905", kimi_k2_instruct_0905),

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::SynthError;
-use super::published::{self, KIMI_UNQUANTISED, PUBLISHED, int4, with, yarn};
+use super::published::{self, KIMI_UNQUANTISED, PUBLISHED, Shape, int4, with, yarn};
 use super::tokenizer;
 
 /// Largest `config.json` that is read.
@@ -50,7 +50,7 @@ fn tiny_256k() -> Value {
     with(published::kimi_k2_thinking(), changes)
 }
 
-const NAMED: &[(&str, fn() -> Value)] =
+const NAMED: &[Shape] =
     &[("kimi-k2-slice", slice_of_k2), ("qwen3-30b-slice", slice_of_qwen3), ("tiny-256k", tiny_256k)];
 
 impl Recipe {

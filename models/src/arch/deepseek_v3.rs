@@ -122,17 +122,18 @@ impl MoePlan {
         let every = match fields.value("moe_layer_freq") {
             None => vec![1; base.layers],
             // A list says layer by layer: 1 = experts.
-            Some(Value::Array(list)) if list.len() == base.layers => {
-                list.iter().map(|v| usize::from(v.as_u64() == Some(1))).collect()
+            Some(Value::Array(list))
+                if list.len() == base.layers && list.iter().all(|v| *v == 0 || *v == 1) =>
+            {
+                list.iter().map(|v| usize::from(*v == 1)).collect()
             }
             Some(Value::Number(_)) => vec![fields.size("moe_layer_freq")?; base.layers],
             Some(other) => {
-                let message = format!("{other} is neither a number nor one per layer");
+                let message = format!("{other} is neither a number nor one 0 or 1 per layer");
                 return Err(Error::config(fields.path("moe_layer_freq"), message));
             }
         };
-        let rule =
-            kind.rule(fields, fields.size("n_routed_experts")?, fields.size("num_experts_per_tok")?)?;
+        let rule = kind.rule(fields, "n_routed_experts", "num_experts_per_tok")?;
         Ok(Self {
             dense_layers: fields.size_or("first_k_dense_replace", 0)?,
             every,

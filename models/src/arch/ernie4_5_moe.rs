@@ -25,7 +25,7 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
         normalise: Some(Normalise::Floor(floor as f32)),
         scale: 1.0,
     };
-    let rule = kind.rule(fields, fields.size("moe_num_experts")?, fields.size("moe_k")?)?;
+    let rule = kind.rule(fields, "moe_num_experts", "moe_k")?;
     let intermediate = fields.size("moe_intermediate_size")?;
     let dense = fields.size("intermediate_size")?;
     let shared = fields.size_or("moe_num_shared_experts", 0)?;

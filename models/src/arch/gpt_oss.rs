@@ -20,11 +20,10 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     let mut attention = Attention::read(&base, Norms::None, Rotation::Half, None)?;
     let bias = fields.flag_or("attention_bias", true)?;
     (attention.qkv_bias, attention.o_bias) = (bias, bias);
-    let window = fields.opt_size("sliding_window")?;
+    let window = Attention::window(fields)?;
 
     let kind = RouterKind { score: Score::SoftmaxOfChosen, groups: None, normalise: None, scale: 1.0 };
-    let experts = fields.size("num_local_experts")?;
-    let rule = kind.rule(fields, experts, fields.size("num_experts_per_tok")?)?;
+    let rule = kind.rule(fields, "num_local_experts", "num_experts_per_tok")?;
     let limit = fields.opt_number("swiglu_limit")?.unwrap_or(7.0) as f32;
     let intermediate = fields.size("intermediate_size")?;
     let kinds = layer_kinds(&base)?;
@@ -35,7 +34,7 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
             let mut gqa = base.gqa(layer, &attention);
             gqa.sinks = Some(format!("{name}.self_attn.sinks"));
             let mut moe = moe(&base, &format!("{name}.mlp"), rule, intermediate, PROJECTIONS);
-            let router = base.linear(format!("{name}.mlp.router"), experts, base.hidden);
+            let router = base.linear(format!("{name}.mlp.router"), rule.experts, base.hidden);
             moe.router = Linear { bias: true, ..router };
             moe.experts = Experts::GptOss { prefix: format!("{name}.mlp.experts") };
             moe.activation = Activation::ClampedSwiGlu { limit, alpha: ALPHA };

@@ -22,9 +22,10 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
         fields.only(beta, &[1.0.into(), 1.into()])?;
     }
     if let Some(kinds) = fields.value("attn_type_list") {
-        let full = kinds.as_array().is_some_and(|list| list.iter().all(|kind| *kind == 1));
-        if !full {
-            return Err(Error::config(fields.path("attn_type_list"), "only 1 (full attention) is supported"));
+        let full = |list: &Vec<Value>| list.len() == base.layers && list.iter().all(|kind| *kind == 1);
+        if !kinds.as_array().is_some_and(full) {
+            let message = "must be 1 (full attention) for every layer; nothing else is supported";
+            return Err(Error::config(fields.path("attn_type_list"), message));
         }
     }
     fields.only("qk_norm_type", &["per_layer".into()])?;
@@ -42,8 +43,7 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
         normalise: Some(Normalise::Epsilon(0.0)),
         scale: 1.0,
     };
-    let experts = fields.size("num_local_experts")?;
-    let rule = kind.rule(fields, experts, fields.size("num_experts_per_tok")?)?;
+    let rule = kind.rule(fields, "num_local_experts", "num_experts_per_tok")?;
     let intermediate = fields.size("intermediate_size")?;
     let layers = (0..base.layers)
         .map(|layer| {

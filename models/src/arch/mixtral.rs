@@ -11,9 +11,8 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     let base = Base::read(config, "", "")?;
     let fields = &base.fields;
     let mut attention = Attention::read(&base, Norms::None, Rotation::Half, None)?;
-    attention.window = fields.opt_size("sliding_window")?;
-    let experts = fields.size("num_local_experts")?;
-    let rule = RouterKind::softmax(true).rule(fields, experts, fields.size("num_experts_per_tok")?)?;
+    attention.window = Attention::window(fields)?;
+    let rule = RouterKind::softmax(true).rule(fields, "num_local_experts", "num_experts_per_tok")?;
     let intermediate = fields.size("intermediate_size")?;
     let layers = (0..base.layers)
         .map(|layer| {

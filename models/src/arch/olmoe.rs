@@ -15,7 +15,7 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     let bias = fields.flag_or("attention_bias", false)?;
     (attention.qkv_bias, attention.o_bias) = (bias, bias);
     let rule = RouterKind::softmax(fields.flag_or("norm_topk_prob", false)?);
-    let rule = rule.rule(fields, fields.size("num_experts")?, fields.size("num_experts_per_tok")?)?;
+    let rule = rule.rule(fields, "num_experts", "num_experts_per_tok")?;
     let intermediate = fields.size("intermediate_size")?;
     let layers = (0..base.layers)
         .map(|layer| {

@@ -13,19 +13,26 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     let mut attention = Attention::read(&base, Norms::PerHead, Rotation::Half, None)?;
     let bias = fields.flag_or("attention_bias", false)?;
     (attention.qkv_bias, attention.o_bias) = (bias, bias);
-    let window = fields.opt_size("sliding_window")?;
-    attention.window = if fields.flag_or("use_sliding_window", false)? { window } else { None };
+    match fields.flag_or("use_sliding_window", false)? {
+        true => attention.window = Attention::window(fields)?,
+        false => fields.ignore(&["sliding_window"]),
+    }
 
-    let experts = fields.size("num_experts")?;
     let rule = RouterKind::softmax(fields.flag_or("norm_topk_prob", false)?);
-    let rule = rule.rule(fields, experts, fields.size("num_experts_per_tok")?)?;
+    let rule = rule.rule(fields, "num_experts", "num_experts_per_tok")?;
     let intermediate = fields.size("moe_intermediate_size")?;
     let dense = fields.opt_size("intermediate_size")?;
     let step = fields.size_or("decoder_sparse_step", 1)?;
-    let dense_layers = fields.value("mlp_only_layers").and_then(Value::as_array);
+    let listed = match fields.value("mlp_only_layers") {
+        None => &[],
+        Some(Value::Array(list)) if list.iter().all(Value::is_u64) => &list[..],
+        Some(other) => {
+            let message = format!("{other} is no list of layers");
+            return Err(Error::config(fields.path("mlp_only_layers"), message));
+        }
+    };
     let is_dense = |layer: usize| {
-        let listed = dense_layers.is_some_and(|list| list.contains(&layer.into()));
-        listed || step == 0 || !(layer + 1).is_multiple_of(step)
+        listed.contains(&layer.into()) || step == 0 || !(layer + 1).is_multiple_of(step)
     };
     let layers = (0..base.layers)
         .map(|layer| {

@@ -28,12 +28,26 @@ pub struct Scanned {
 /// # Errors
 /// Names the first tensors that hold a NaN or an infinity, with the place of the first in each.
 pub fn scan_weights(model: &Model) -> Result<Scanned> {
+    scan_weights_with(model, &|_| ())
+}
+
+/// As [`scan_weights`]; `progress` gets the bytes of each tensor that is done.
+///
+/// # Errors
+/// As [`scan_weights`].
+pub fn scan_weights_with(model: &Model, progress: &(dyn Fn(usize) + Sync)) -> Result<Scanned> {
     let skipped: HashSet<&str> =
         model.weights.skipped.tensors.iter().map(|(name, _)| name.as_str()).collect();
     let used: Vec<(&String, &TensorEntry)> =
         model.checkpoint.tensors().iter().filter(|(name, _)| !skipped.contains(name.as_str())).collect();
-    let scanned: Vec<(&String, &TensorEntry, Bad)> =
-        used.into_par_iter().filter_map(|(name, entry)| Some((name, entry, scan(name, entry)?))).collect();
+    let scanned: Vec<(&String, &TensorEntry, Bad)> = used
+        .into_par_iter()
+        .filter_map(|(name, entry)| {
+            let bad = scan(name, entry);
+            progress(entry.bytes.as_slice().len());
+            Some((name, entry, bad?))
+        })
+        .collect();
     let bad: Vec<_> = scanned.iter().filter(|(.., bad)| bad.count > 0).collect();
     let Some((name, ..)) = bad.first() else {
         let bytes = scanned.iter().map(|(_, entry, _)| entry.bytes.as_slice().len() as u64).sum();

@@ -16,8 +16,14 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use safetensors::Entry;
 
-/// Largest JSON, template or tokenizer file that is read.
+/// Name of the file that says which shard holds a tensor.
+const INDEX: &str = "model.safetensors.index.json";
+/// Largest template or tokenizer file that is read.
 const MAX_SIDE_FILE_BYTES: u64 = 256 << 20;
+/// Largest index and largest other JSON; parsed, they take up to 40 times as much (K2's index has
+/// 20 MB, its other files have less than 1).
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+const MAX_JSON_BYTES: u64 = 8 << 20;
 /// Most shards of one checkpoint (K2 has 62).
 const MAX_SHARDS: usize = 4096;
 
@@ -98,7 +104,7 @@ impl Checkpoint {
         let config = checkpoint.json("config.json")?;
         checkpoint.config = config
             .ok_or_else(|| Error::format("config.json", format!("is missing in {}", checkpoint.place())))?;
-        match checkpoint.json("model.safetensors.index.json")? {
+        match checkpoint.json(INDEX)? {
             Some(index) => checkpoint.add_shards(&index)?,
             None => checkpoint.add_shard("model.safetensors", None)?,
         }
@@ -126,8 +132,12 @@ impl Checkpoint {
     /// The content of a side file (tokenizer, template, configuration); `None` if there is none.
     ///
     /// # Errors
-    /// If it cannot be read, is too large, or is a link that leaves the folder.
+    /// If it cannot be read, is too large or no regular file, or is a link that leaves the folder.
     pub fn file(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        self.file_within(name, MAX_SIDE_FILE_BYTES)
+    }
+
+    fn file_within(&self, name: &str, limit: u64) -> Result<Option<Cow<'static, [u8]>>> {
         match &self.files {
             Files::Embedded(files) => {
                 Ok(files.iter().find(|(key, _)| *key == name).map(|(_, bytes)| Cow::Borrowed(*bytes)))
@@ -135,11 +145,8 @@ impl Checkpoint {
             Files::Folder(_) => {
                 let Some(path) = self.path(name)? else { return Ok(None) };
                 let size = path.metadata().map_err(|error| Error::io(&path, error))?.len();
-                if size > MAX_SIDE_FILE_BYTES {
-                    return Err(Error::format(
-                        name,
-                        format!("has {size} bytes; the limit is {MAX_SIDE_FILE_BYTES}"),
-                    ));
+                if size > limit {
+                    return Err(Error::format(name, format!("has {size} bytes; the limit is {limit}")));
                 }
                 std::fs::read(&path)
                     .map(|bytes| Some(Cow::Owned(bytes)))
@@ -153,7 +160,8 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::file`], or if it is not JSON.
     pub fn json(&self, name: &str) -> Result<Option<Value>> {
-        let Some(bytes) = self.file(name)? else { return Ok(None) };
+        let limit = if name == INDEX { MAX_INDEX_BYTES } else { MAX_JSON_BYTES };
+        let Some(bytes) = self.file_within(name, limit)? else { return Ok(None) };
         serde_json::from_slice(&bytes).map(Some).map_err(|error| Error::format(name, error.to_string()))
     }
 
@@ -169,7 +177,7 @@ impl Checkpoint {
         let Files::Folder(root) = &self.files else { return Ok(None) };
         let plain = !name.is_empty() && !name.contains(['/', '\\', '\0']) && name != "." && name != "..";
         if !plain {
-            return Err(Error::format(name, "is not a plain file name"));
+            return Err(Error::format(format!("{name:?}"), "is not a plain file name"));
         }
         let path = root.join(name);
         let real = match path.canonicalize() {
@@ -182,11 +190,15 @@ impl Checkpoint {
         if !inside {
             return Err(Error::format(name, format!("is a link out of the folder, to {}", real.display())));
         }
+        // Before it is opened: to open a pipe waits for a writer.
+        if !real.metadata().map_err(|error| Error::io(&path, error))?.is_file() {
+            return Err(Error::format(name, "is not a regular file"));
+        }
         Ok(Some(real))
     }
 
     fn add_shards(&mut self, index: &Value) -> Result<()> {
-        let file = "model.safetensors.index.json";
+        let file = INDEX;
         let map = index.get("weight_map").and_then(Value::as_object);
         let map = map.ok_or_else(|| Error::format(file, "has no weight_map"))?;
         let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -257,10 +269,6 @@ impl Checkpoint {
         }
         let path = self.path(name)?.ok_or_else(missing)?;
         let file = File::open(&path).map_err(|error| Error::io(&path, error))?;
-        let regular = file.metadata().map_err(|error| Error::io(&path, error))?.is_file();
-        if !regular {
-            return Err(Error::format(name, "is not a regular file"));
-        }
         map(&file).map(Source::Mapped).map_err(|error| Error::io(&path, error))
     }
 }

@@ -21,7 +21,7 @@ use kernels::simd::Isa;
 use crate::Model;
 use crate::batch::Batch;
 use crate::config::{LayerSpec, Mixer, ModelConfig, Rope};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::runner::{Capacity, Numerics, Point, Probe, Runner};
 use attention::LayerCache;
 use scratch::Scratch;
@@ -63,28 +63,6 @@ impl CpuRunner {
         let cache = config.cache_values_per_token() * value * capacity.blocks * PAGE;
         (cache, Scratch::bytes(config, capacity))
     }
-
-    fn check(&self, batch: &Batch, logits: &[f32]) -> Result<()> {
-        let Capacity { blocks, batch_tokens, logit_rows } = self.capacity;
-        let vocab = self.model.config.vocab;
-        let fail = |message: String| Err(Error::Run(message));
-        if let Some(id) = batch.tokens.iter().find(|id| **id as usize >= vocab) {
-            return fail(format!("token {id} is outside the vocabulary of {vocab}"));
-        }
-        if batch.tokens.len() > batch_tokens || batch.logit_rows.len() > logit_rows {
-            let (tokens, rows) = (batch.tokens.len(), batch.logit_rows.len());
-            return fail(format!(
-                "{tokens} tokens with {rows} logits exceed {batch_tokens} and {logit_rows}"
-            ));
-        }
-        if let Some(slot) = batch.slots.iter().find(|slot| **slot as usize >= blocks * PAGE) {
-            return fail(format!("cache slot {slot} is outside the {blocks} blocks"));
-        }
-        if logits.len() != batch.logit_rows.len() * vocab {
-            return fail(format!("{} logits for {} rows of {vocab}", logits.len(), batch.logit_rows.len()));
-        }
-        Ok(())
-    }
 }
 
 impl Runner for CpuRunner {
@@ -101,7 +79,7 @@ impl Runner for CpuRunner {
     }
 
     fn forward(&mut self, batch: &Batch, probe: &mut dyn Probe, logits: &mut [f32]) -> Result<()> {
-        self.check(batch, logits)?;
+        batch.check(&self.capacity, self.model.config.vocab, logits.len())?;
         let Self { model, isa, caches, rotations, scratch, .. } = self;
         let (config, weights, isa) = (&model.config, &model.weights, *isa);
         let (tokens, hidden) = (batch.tokens.len(), config.hidden);

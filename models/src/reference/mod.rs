@@ -87,61 +87,6 @@ impl ReferenceRunner {
         report(probe, index, Point::LayerOut, &x)?;
         Ok(x)
     }
-
-    /// Checks everything that a batch may get wrong, before anything is written.
-    fn check(&self, batch: &Batch, logits: &[f32]) -> Result<()> {
-        let fail = |message: String| Err(Error::Run(message));
-        let (tokens, vocab, blocks) = (batch.tokens.len(), self.model.config.vocab, self.capacity.blocks);
-        if tokens > self.capacity.batch_tokens {
-            return fail(format!("a batch of {tokens} tokens; the limit is {}", self.capacity.batch_tokens));
-        }
-        if (batch.positions.len(), batch.slots.len()) != (tokens, tokens) {
-            let counts = format!("{} positions and {} slots", batch.positions.len(), batch.slots.len());
-            return fail(format!("a batch of {tokens} tokens has {counts}"));
-        }
-        if let Some(id) = batch.tokens.iter().find(|id| **id as usize >= vocab) {
-            return fail(format!("token id {id} is outside the vocabulary of {vocab}"));
-        }
-        if let Some(slot) = batch.slots.iter().find(|slot| **slot as usize >= blocks * PAGE) {
-            return fail(format!("cache slot {slot} is outside the capacity of {blocks} blocks of {PAGE}"));
-        }
-        if let Some(block) = batch.tables.iter().find(|block| **block as usize >= blocks) {
-            return fail(format!("cache block {block} is outside the capacity of {blocks} blocks"));
-        }
-        let mut next = 0;
-        for span in &batch.sequences {
-            let end = span.first + span.tokens;
-            if span.first != next || span.tokens == 0 || end > tokens {
-                return fail(format!(
-                    "a sequence of tokens {}..{end} does not follow token {next}",
-                    span.first
-                ));
-            }
-            let positions = &batch.positions[span.first..end];
-            if positions.windows(2).any(|pair| pair[0].checked_add(1) != Some(pair[1])) {
-                return fail(format!("the positions of tokens {}..{end} are not consecutive", span.first));
-            }
-            let last = positions[span.tokens - 1] as usize;
-            if span.table + span.blocks > batch.tables.len() || last / PAGE >= span.blocks {
-                return fail(format!("position {last} is outside its block table of {} blocks", span.blocks));
-            }
-            next = end;
-        }
-        if next != tokens {
-            return fail(format!("sequences cover {next} of {tokens} tokens"));
-        }
-        let rows = batch.logit_rows.len();
-        if rows > self.capacity.logit_rows {
-            return fail(format!("{rows} rows of logits; the limit is {}", self.capacity.logit_rows));
-        }
-        if let Some(row) = batch.logit_rows.iter().find(|row| **row as usize >= tokens) {
-            return fail(format!("logits of token {row} are asked for; the batch has {tokens}"));
-        }
-        if logits.len() != rows * vocab {
-            return fail(format!("{rows} rows of {vocab} logits do not fit a slice of {}", logits.len()));
-        }
-        Ok(())
-    }
 }
 
 impl Runner for ReferenceRunner {
@@ -158,7 +103,7 @@ impl Runner for ReferenceRunner {
     }
 
     fn forward(&mut self, batch: &Batch, probe: &mut dyn Probe, logits: &mut [f32]) -> Result<()> {
-        self.check(batch, logits)?;
+        batch.check(&self.capacity, self.model.config.vocab, logits.len())?;
         if batch.tokens.is_empty() {
             return Ok(());
         }
