@@ -138,6 +138,9 @@ impl Loaded {
 fn defaults(model: &Model, tokenizer: &Tokenizer) -> Result<Defaults, Error> {
     let file = "generation_config.json";
     let generation = model.checkpoint.json(file)?.unwrap_or(Value::Null);
+    if !generation.is_object() && !generation.is_null() {
+        return Err(Error::Unsupported(format!("{file}: is not an object")));
+    }
     let number = |name: &str, allowed: std::ops::RangeInclusive<f64>| match generation.get(name) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.as_f64().filter(|number| allowed.contains(number)) {
@@ -156,21 +159,32 @@ fn defaults(model: &Model, tokenizer: &Tokenizer) -> Result<Defaults, Error> {
     }
     sampling.repetition_penalty = number("repetition_penalty", 1e-3..=100.0)?.unwrap_or(1.0) as f32;
 
-    let mut stop_token_ids = Vec::new();
-    for source in [&generation, model.checkpoint.config(), &model.checkpoint.config()["text_config"]] {
-        match source.get("eos_token_id") {
-            Some(Value::Array(ids)) => stop_token_ids.extend(ids.iter().filter_map(Value::as_u64)),
-            Some(id) => stop_token_ids.extend(id.as_u64()),
-            None => {}
-        }
-    }
-    let mut stop_token_ids: Vec<u32> =
-        stop_token_ids.into_iter().filter(|id| *id < model.config.vocab as u64).map(|id| id as u32).collect();
+    let config = model.checkpoint.config();
+    let mut stop_token_ids = eos_ids(file, &generation)?;
+    stop_token_ids.extend(eos_ids("config.json", config)?);
+    stop_token_ids.extend(eos_ids("config.json", &config["text_config"])?);
+    stop_token_ids.retain(|id| (*id as usize) < model.config.vocab);
     stop_token_ids.extend(turn_end(model, tokenizer)?);
     stop_token_ids.sort_unstable();
     stop_token_ids.dedup();
     let max_tokens = number("max_new_tokens", 1.0..=1e9)?.map(|n| n as usize);
     Ok(Defaults { sampling, stop_token_ids, max_tokens })
+}
+
+/// `eos_token_id`: one id, a list of ids, or nothing.
+fn eos_ids(file: &str, source: &Value) -> Result<Vec<u32>, Error> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    let value = source.get("eos_token_id").unwrap_or(&Value::Null);
+    let ids = match value {
+        // -1 stands for none in some files.
+        Value::Null => Some(Vec::new()),
+        Value::Number(number) if number.as_i64() == Some(-1) => Some(Vec::new()),
+        Value::Array(list) => list.iter().map(id).collect(),
+        one => id(one).map(|id| vec![id]),
+    };
+    ids.ok_or_else(|| {
+        Error::Unsupported(format!("{file}: eos_token_id: {value} is neither an id nor a list of ids"))
+    })
 }
 
 /// The id of the tokenizer's `eos_token`, which is the end of a turn where the model chats.

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use models::cpu::CpuRunner;
-use models::{ModelConfig, Numerics};
+use models::{Capacity, ModelConfig, Numerics};
 
 use crate::engine::EngineOptions;
 use crate::error::Error;
@@ -111,6 +111,30 @@ pub fn fit(
             Err(_) if context > MIN_CONTEXT => context = (context / 2).max(MIN_CONTEXT),
             Err(error) => return Err(error),
         }
+    }
+}
+
+/// Refuses a runner of `capacity` that the machine cannot hold: cache, buffers and one batch's logits.
+///
+/// # Errors
+/// With the numbers.
+pub fn check_capacity(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> Result<(), Error> {
+    let (cache, buffers) = CpuRunner::plan(config, numerics, capacity);
+    let logits = capacity.logit_rows.saturating_mul(config.vocab).saturating_mul(4);
+    check_available("cache, buffers and logits", cache.saturating_add(buffers).saturating_add(logits))
+}
+
+/// Refuses to go on if the machine cannot give `bytes` for `what`.
+///
+/// # Errors
+/// With the numbers.
+pub fn check_available(what: &str, bytes: usize) -> Result<(), Error> {
+    match available_memory() {
+        Some(available) if bytes > available => {
+            let (bytes, available) = (Bytes(bytes), Bytes(available));
+            Err(Error::Unsupported(format!("{what} need {bytes}, but {available} are available")))
+        }
+        _ => Ok(()),
     }
 }
 

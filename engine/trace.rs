@@ -13,6 +13,7 @@ use models::{Batch, Capacity, Model, NoProbe, Point, Probe, Runner, WantLogits};
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::error::Error;
+use crate::memory;
 use crate::session::SessionOptions;
 
 /// Which logits are kept.
@@ -88,7 +89,7 @@ impl Tracer {
         options: TraceOptions,
         longest: usize,
     ) -> Result<Self, Error> {
-        let positions = longest + options.greedy;
+        let positions = longest.saturating_add(options.greedy);
         let context = model.config.max_positions;
         if positions > context {
             let message = format!("{positions} tokens exceed the model's context of {context}");
@@ -97,7 +98,9 @@ impl Tracer {
         let chunk = options.chunk.unwrap_or(512).clamp(1, longest.max(1));
         let logit_rows = if options.logits == KeepLogits::All { chunk } else { 1 };
         let blocks = positions.div_ceil(PAGE_TOKENS).max(1);
-        let runner = run.runner(model, Capacity { blocks, batch_tokens: chunk, logit_rows })?;
+        let capacity = Capacity { blocks, batch_tokens: chunk, logit_rows };
+        memory::check_capacity(&model.config, run.numerics(), &capacity)?;
+        let runner = run.runner(model, capacity)?;
         let table = (0..blocks as u32).collect();
         Ok(Self { runner, pool: run.pool()?, options, chunk, table, batch: Batch::default() })
     }

@@ -281,7 +281,9 @@ fn trace_writes_the_golden_names_and_shapes() {
         }
     }
     std::fs::remove_dir_all(&temporary).unwrap();
-    fails(&["trace", &folder, "--tokens", "/nowhere.json", "--output", "/tmp/x"], 1, "/nowhere.json");
+    let trace = ["trace", &folder, "--output", "/nowhere/x", "--tokens"];
+    fails(&[&trace[..], &["/nowhere.json"]].concat(), 1, "/nowhere.json");
+    fails(&[&trace[..], &["/dev/zero"]].concat(), 1, "/dev/zero");
 }
 
 #[test]
@@ -294,4 +296,5 @@ fn check_finds_no_difference_between_the_runners() {
     let strict = run(&["check", "demo", "--tolerance", "1e-12"]);
     assert_eq!(strict.status.code(), Some(1));
     assert!(stderr(&strict).contains("layer 0"), "{}", stderr(&strict));
+    fails(&["check", "demo", "--prompt", ""], 1, "--prompt has 0 tokens");
 }

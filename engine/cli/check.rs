@@ -12,6 +12,7 @@ use super::progress::{Progress, Unit};
 use super::{ComputeArgs, DEMO, print};
 use crate::error::Error;
 use crate::loaded::Loaded;
+use crate::memory::check_capacity;
 use crate::session::{RunnerKind, SessionOptions};
 use crate::tokenizer::Specials;
 
@@ -55,8 +56,14 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode, Error> {
         eprintln!("{} tensors hold no NaN and no infinity", scanned.tensors);
     }
     let prompt = loaded.tokenizer.encode(&args.prompt, Specials::Plain)?;
+    let context = model.config.max_positions;
+    if prompt.is_empty() || prompt.len() > context {
+        let message = format!("--prompt has {} tokens; 1 to {context} can be compared", prompt.len());
+        return Err(Error::Unsupported(message));
+    }
     let blocks = prompt.len().div_ceil(models::batch::PAGE_TOKENS);
     let capacity = Capacity { blocks, batch_tokens: prompt.len(), logit_rows: LOGIT_ROWS };
+    check_capacity(&model.config, Numerics::Reference, &capacity)?;
     let (mut trusted, mut tested) = (trusted.runner(model, capacity)?, tested.runner(model, capacity)?);
     let mut tolerance = Tolerance::REFERENCE;
     if numerics == Numerics::Model {

@@ -1,5 +1,6 @@
 //! `moebius trace`: logits and routing of given tokens, as a safetensors file.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -9,6 +10,7 @@ use super::progress::{Progress, Unit};
 use super::{ComputeArgs, print};
 use crate::error::Error;
 use crate::loaded::open_model;
+use crate::memory::check_available;
 use crate::trace::{KeepLogits, TraceOptions, Tracer, write};
 
 /// Largest file of token ids.
@@ -61,6 +63,13 @@ pub fn run(args: &TraceArgs) -> Result<ExitCode, Error> {
     };
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let total: usize = prompts.iter().map(Vec::len).sum();
+    if options.logits == KeepLogits::All {
+        // All traces are held until the file is written.
+        check_available(
+            "the logits of all prompts",
+            total.saturating_mul(model.config.vocab).saturating_mul(8),
+        )?;
+    }
     let run = args.compute.options();
     let mut tracer = Tracer::new(&model, &run, options, longest)?;
     let mut progress = Progress::new("tracing", Unit::Tokens);
@@ -83,12 +92,13 @@ pub fn run(args: &TraceArgs) -> Result<ExitCode, Error> {
 
 fn read_prompts(path: &PathBuf) -> Result<Vec<Vec<u32>>, Error> {
     let io = |error| Error::Io(path.display().to_string(), error);
-    let size = std::fs::metadata(path).map_err(io)?.len();
-    if size > MAX_TOKENS_FILE_BYTES {
-        let message = format!("{}: {size} bytes; the limit is {MAX_TOKENS_FILE_BYTES}", path.display());
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(io)?;
+    file.take(MAX_TOKENS_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > MAX_TOKENS_FILE_BYTES {
+        let message = format!("{}: longer than {MAX_TOKENS_FILE_BYTES} bytes", path.display());
         return Err(Error::Unsupported(message));
     }
-    let bytes = std::fs::read(path).map_err(io)?;
     serde_json::from_slice(&bytes).map_err(|error| {
         Error::Unsupported(format!("{}: not a list of lists of token ids: {error}", path.display()))
     })

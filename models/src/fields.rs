@@ -93,6 +93,7 @@ const NEUTRAL: &[&str] = &[
     "torchscript",
     "transformers_version",
     "typical_p",
+    "unsloth_fixed",
     "unsloth_version",
     "use_bfloat16",
     "use_cache",
@@ -252,6 +253,19 @@ impl<'a> Fields<'a> {
             }
             _ => Ok(vec![self.size(name)?; layers]),
         }
+    }
+
+    /// One of two words per layer, as whether it is the second.
+    ///
+    /// # Errors
+    /// If it is there and is no list of these, or one of another length.
+    pub fn word_per_layer(&self, name: &str, layers: usize, words: [&str; 2]) -> Result<Option<Vec<bool>>> {
+        let Some(value) = self.value(name) else { return Ok(None) };
+        let second = |word: &Value| words.iter().position(|known| word == known).map(|index| index == 1);
+        let list = value.as_array().and_then(|list| list.iter().map(second).collect::<Option<Vec<_>>>());
+        list.filter(|list| list.len() == layers).map(Some).ok_or_else(|| {
+            self.error(name, format!("must name {} or {} for every layer", words[0], words[1]))
+        })
     }
 
     /// Accepts absence or one of `allowed`; anything else would change the maths.

@@ -307,7 +307,11 @@ pub fn verify(config: &ModelConfig, manifest: &[TensorSpec], checkpoint: &Checkp
     }
     let wanted: BTreeSet<&str> = manifest.iter().map(|spec| spec.name.as_str()).collect();
     let mut skipped = Skipped::default();
-    for name in checkpoint.tensors().keys().filter(|name| !wanted.contains(name.as_str())) {
+    for (name, entry) in checkpoint.tensors() {
+        // What a switched-off part leaves behind holds nothing.
+        if wanted.contains(name.as_str()) || entry.shape.contains(&0) {
+            continue;
+        }
         let rule = config.skip.iter().find(|rule| {
             name.len() >= rule.prefix.len() + rule.suffix.len()
                 && name.starts_with(&rule.prefix)

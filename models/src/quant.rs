@@ -142,7 +142,7 @@ impl Quantisation {
             text("quant_method").ok_or_else(|| Error::config(field("quant_method"), "is missing"))?;
         let (stored, ignore_field) = match method {
             "fp8" => {
-                expect(config, "fmt", &["e4m3"])?;
+                expect(config, "fmt", &["e4m3", "float8_e4m3fn"])?;
                 let block = config.get("weight_block_size");
                 if block.is_none_or(|b| *b != serde_json::json!([128, 128])) {
                     let message =

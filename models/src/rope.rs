@@ -67,7 +67,7 @@ pub fn read(fields: &Fields, dim: usize, rotation: Rotation, default_theta: f64)
                 "default" => (plain(theta, 1.0), 1.0),
                 "linear" => (plain(theta, positive(scaling, "factor")?), 1.0),
                 "yarn" | "deepseek_yarn" => {
-                    let yarn = Yarn::read(scaling)?;
+                    let yarn = Yarn::read(scaling, fields.opt_number("max_position_embeddings")?)?;
                     mscale_all_dim = yarn.mscale_all_dim.map_or(1.0, |m| mscale(yarn.factor, m));
                     (yarn.frequencies(theta, dim), yarn.attention_scale() as f32)
                 }
@@ -124,12 +124,17 @@ struct Yarn {
 }
 
 impl Yarn {
-    fn read(scaling: &Fields) -> Result<Self> {
+    /// `longest` positions are the original ones where the scaling does not say.
+    fn read(scaling: &Fields, longest: Option<f64>) -> Result<Self> {
         // 0 means "unset" in published files, as it does to the reference's truth test.
         let set = |name: &str| Ok::<_, Error>(scaling.opt_number(name)?.filter(|value| *value != 0.0));
+        let original = match (scaling.value("original_max_position_embeddings"), longest) {
+            (None, Some(longest)) => longest,
+            _ => positive(scaling, "original_max_position_embeddings")?,
+        };
         Ok(Self {
             factor: positive(scaling, "factor")?,
-            original: positive(scaling, "original_max_position_embeddings")?,
+            original,
             beta_fast: set("beta_fast")?.unwrap_or(32.0),
             beta_slow: set("beta_slow")?.unwrap_or(1.0),
             truncate: scaling.flag_or("truncate", true)?,

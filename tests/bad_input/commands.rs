@@ -99,6 +99,8 @@ fn bad_token_lists_are_refused() {
         moebius_unlimited(&[&start[..], more].concat())
     };
     trace(&[]).fails(1, &["tokens.json: No such file"]);
+    std::fs::write(file, "[[1]]").unwrap();
+    trace(&["--greedy", "18446744073709551615"]).fails(1, &["exceed the model's context of 64"]);
     let long = json!([vec![1; 65]]).to_string();
     for (text, words) in [
         ("", "tokens.json: not a list of lists of token ids: EOF"),

@@ -145,7 +145,7 @@ fn a_bad_field_is_named() {
         ("kimi_k2", json!({"moe_layer_freq": [0, 1, "x"]}), "moe_layer_freq: "),
         ("kimi_k2", json!({"moe_layer_freq": 0}), "moe_layer_freq: must be at least 1"),
         ("kimi_k2", json!({"routed_scaling_factor": 1e300}), "routed_scaling_factor: 1e300 is out of range"),
-        ("gpt_oss_bf16", json!({"layer_types": ["full_attention"]}), "layer_types: must name sliding_attention or full_attention for every layer"),
+        ("gpt_oss_bf16", json!({"layer_types": ["full_attention"]}), "layer_types: must name full_attention or sliding_attention for every layer"),
         ("gpt_oss_bf16", json!({"layer_types": ["linear", "linear", "linear", "linear"]}), "layer_types: must name"),
         ("gpt_oss_bf16", json!({"layer_types": 5}), "layer_types: must name"),
         ("minimax_m2", json!({"attn_type_list": [1]}), "attn_type_list: must be 1 (full attention) for every layer"),
@@ -374,7 +374,11 @@ fn generation_defaults_are_checked() {
         let message = open(&json!({ name: value }).to_string()).expect_err(name);
         assert!(message.contains("generation_config.json: ") && message.contains(name), "{name}: {message}");
     }
-    for ids in [json!(-1), json!(1u64 << 63), json!(260), json!([]), json!(null), json!([null, "x", -1])] {
+    for ids in [json!(1u64 << 63), json!("x"), json!(1.5), json!([5, null]), json!([-1])] {
+        let message = open(&json!({ "eos_token_id": ids }).to_string()).expect_err("no ids");
+        assert!(message.contains("generation_config.json: eos_token_id"), "{ids}: {message}");
+    }
+    for ids in [json!(-1), json!(260), json!([]), json!(null)] {
         assert!(
             open(&json!({ "eos_token_id": ids }).to_string()).unwrap().stop_token_ids.is_empty(),
             "{ids}"

@@ -59,6 +59,7 @@ impl LatentAttention {
         let (nope_dim, rope_dim) = (fields.size("qk_nope_head_dim")?, fields.size("qk_rope_head_dim")?);
         // All heads share one latent, so these repeat what follows from the others.
         fields.ignore(&["num_key_value_heads", "head_dim"]);
+        fields.only("partial_rotary_factor", &[1.0.into(), 1.into()])?;
         fields.only("qk_head_dim", &[(nope_dim + rope_dim).into()])?;
         let interleaved = fields.flag_or("rope_interleave", true)?;
         let rotation = if interleaved { Rotation::Interleaved } else { Rotation::Half };
@@ -133,9 +134,16 @@ impl MoePlan {
                 return Err(Error::config(fields.path("moe_layer_freq"), message));
             }
         };
+        let dense_layers = fields.size_or("first_k_dense_replace", 0)?;
+        // Newer files name every layer's kind instead.
+        let kinds = fields.word_per_layer("mlp_layer_types", base.layers, ["dense", "sparse"])?;
+        let (every, dense_layers) = match kinds {
+            Some(sparse) => (sparse.into_iter().map(usize::from).collect(), 0),
+            None => (every, dense_layers),
+        };
         let rule = kind.rule(fields, "n_routed_experts", "num_experts_per_tok")?;
         Ok(Self {
-            dense_layers: fields.size_or("first_k_dense_replace", 0)?,
+            dense_layers,
             every,
             dense_intermediate: fields.size("intermediate_size")?,
             intermediate: fields.size("moe_intermediate_size")?,

@@ -11,7 +11,10 @@ use crate::error::Result;
 pub fn describe(config: &Value) -> Result<ModelConfig> {
     let mut base = Base::read(config, "", "")?;
     base.skip("mtp_", "multi-token-prediction layer");
+    // Tied unless the file says otherwise.
+    base.tied = base.fields.flag_or("tie_word_embeddings", true)?;
     let fields = &base.fields;
+    fields.only("use_rmsnorm", &[true.into()])?;
     // Capacity limits and load balancing belong to training.
     fields.ignore(&["moe_capacity", "moe_gate", "moe_use_aux_free", "num_nextn_predict_layers"]);
     fields.only("use_bias", &[false.into()])?;

@@ -29,7 +29,11 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     ]);
     fields.ignore(&["use_mixed_mlp_moe", "video_start_id", "video_end_id", "add_classification_head"]);
     fields.ignore(&["kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]);
-    fields.ignore(&["num_media_embeds", "skip_cls_token", "anyres_pooling_size", "vit_path"]);
+    fields.ignore(&["num_media_embeds", "skip_cls_token", "pad_id", "xpos_scale_base"]);
+    fields.ignore(&["anyres_pooling_size", "anyres_vit_max_image_size", "anyres_vit_two_views"]);
+    fields.ignore(&["vit_add_patchemb_bias", "vit_input_resolution", "vit_mapping_type", "vit_norm_type"]);
+    fields.ignore(&["vit_patch", "vit_path", "vit_remove_prenorm", "vit_token", "vit_type"]);
+    fields.ignore(&["vit_used_rms_norm"]);
     for off in ["use_cla", "use_mla", "position_embedding_xpos", "mlp_bias", "moe_layer_num_skipped"] {
         fields.only(off, &[false.into(), 0.into()])?;
     }

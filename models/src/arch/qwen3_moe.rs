@@ -11,6 +11,7 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     let base = Base::read(config, "", "")?;
     let fields = &base.fields;
     let mut attention = Attention::read(&base, Norms::PerHead, Rotation::Half, None)?;
+    fields.only("use_qk_norm", &[true.into()])?;
     let bias = fields.flag_or("attention_bias", false)?;
     (attention.qkv_bias, attention.o_bias) = (bias, bias);
     match fields.flag_or("use_sliding_window", false)? {
@@ -19,7 +20,9 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     }
 
     let rule = RouterKind::softmax(fields.flag_or("norm_topk_prob", false)?);
-    let rule = rule.rule(fields, "num_experts", "num_experts_per_tok")?;
+    // transformers 5 writes the second name.
+    let experts = if fields.value("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
+    let rule = rule.rule(fields, experts, "num_experts_per_tok")?;
     let intermediate = fields.size("moe_intermediate_size")?;
     let dense = fields.opt_size("intermediate_size")?;
     let step = fields.size_or("decoder_sparse_step", 1)?;

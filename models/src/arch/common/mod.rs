@@ -25,7 +25,8 @@ pub struct Base<'a> {
     vocab: usize,
     max_positions: usize,
     norm_epsilon: f32,
-    tied: bool,
+    /// Whether the output head is the embedding.
+    pub tied: bool,
     quantisation: Quantisation,
     skip: Vec<SkipRule>,
 }
