@@ -23,6 +23,7 @@ pub mod error;
 pub mod hub;
 pub mod loaded;
 pub mod memory;
+pub mod progress;
 pub mod request;
 pub mod sampler;
 pub mod scheduler;

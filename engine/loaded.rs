@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::error::Error;
 use crate::hub::{self, HubOptions, ModelRef};
+use crate::progress::{Progress, Unit};
 use crate::request::{Request, SamplingParams, StopRule};
 use crate::template::{ChatInput, ChatTemplate, RenderedPrompt};
 use crate::tokenizer::{Specials, Tokenizer};
@@ -69,7 +70,8 @@ pub fn open_checkpoint(name: &str) -> Result<Checkpoint, Error> {
         }
         ModelRef::Hub { repo, revision } => fetch(&repo, revision.as_deref())?,
     };
-    Ok(Checkpoint::open(&folder)?)
+    let mut progress = Progress::new("opening", Unit::Files);
+    Ok(Checkpoint::open_with(&folder, &mut |done, total| progress.set(done, total))?)
 }
 
 fn fetch(repo: &str, revision: Option<&str>) -> Result<PathBuf, Error> {

@@ -298,3 +298,37 @@ fn check_finds_no_difference_between_the_runners() {
     assert!(stderr(&strict).contains("layer 0"), "{}", stderr(&strict));
     fails(&["check", "demo", "--prompt", ""], 1, "--prompt has 0 tokens");
 }
+
+/// The hub is asked at the endpoint that was named, and not at all offline.
+#[test]
+fn hub_ids_go_to_the_endpoint_and_nowhere_else() {
+    let home = std::env::temp_dir().join(format!("moebius-hub-{}", std::process::id()));
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let hub = |offline: &str| {
+        let output = moebius(&["run", "some-org/some-model", "x"])
+            .env_remove("HF_HUB_CACHE")
+            .env("HF_HOME", &home)
+            .env("HF_ENDPOINT", &endpoint)
+            .env("HF_HUB_OFFLINE", offline)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        stderr(&output)
+    };
+    let offline = hub("1");
+    assert!(offline.contains("some-org/some-model") && offline.contains("HF_HUB_OFFLINE"), "{offline}");
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = [0; 4096];
+        let read = std::io::Read::read(&mut stream, &mut request).unwrap();
+        stream
+            .write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        String::from_utf8_lossy(&request[..read]).into_owned()
+    });
+    let missing = hub("0");
+    assert!(missing.contains("some-org/some-model"), "{missing}");
+    assert!(server.join().unwrap().starts_with("GET /api/models/some-org/some-model/"));
+    let _ = std::fs::remove_dir_all(&home);
+}

@@ -8,11 +8,11 @@ use models::check::{LOGIT_ROWS, Scanned, Tolerance, compare, scan_weights_with};
 use models::{Capacity, Model, Numerics};
 use serde_json::json;
 
-use super::progress::{Progress, Unit};
 use super::{ComputeArgs, DEMO, print};
 use crate::error::Error;
 use crate::loaded::Loaded;
 use crate::memory::check_capacity;
+use crate::progress::{Progress, Unit};
 use crate::session::{RunnerKind, SessionOptions};
 use crate::tokenizer::Specials;
 

@@ -5,7 +5,6 @@ mod chat;
 mod check;
 mod inspect;
 mod interrupt;
-mod progress;
 mod run;
 #[cfg(feature = "server")]
 mod serve;

@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::json;
 
-use super::progress::{Progress, Unit};
 use super::{ComputeArgs, DEMO, SamplingArgs, chat, interrupt, print, usage};
 use crate::error::Error;
 use crate::memory::{Bytes, peak_resident_bytes};
+use crate::progress::{Progress, Unit};
 use crate::request::{Event, Summary};
 use crate::session::{Answer, Session, SessionOptions};
 use crate::tokenizer::Specials;

@@ -7,10 +7,10 @@ use bench::synth::{Options, Recipe, SynthError, write};
 use clap::Args;
 use serde_json::json;
 
-use super::progress::{Progress, Unit};
 use super::{interrupt, print, usage};
 use crate::error::Error;
 use crate::memory::Bytes;
+use crate::progress::{Progress, Unit};
 
 #[derive(Args)]
 pub struct SynthArgs {

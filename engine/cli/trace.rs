@@ -6,11 +6,11 @@ use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 
-use super::progress::{Progress, Unit};
 use super::{ComputeArgs, print};
 use crate::error::Error;
 use crate::loaded::open_model;
 use crate::memory::check_available;
+use crate::progress::{Progress, Unit};
 use crate::trace::{KeepLogits, TraceOptions, Tracer, write};
 
 /// Largest file of token ids.

@@ -354,7 +354,9 @@ pub(super) fn broken(url: &str, error: &std::io::Error) -> Failure {
 
 fn network(uri: &Uri, error: &ureq::Error) -> Failure {
     // Without the query, which on storage hosts holds a signature.
-    let url = format!("{}://{}{}", uri.scheme_str().unwrap_or("?"), uri.host().unwrap_or("?"), uri.path());
+    let port = uri.port().map(|port| format!(":{port}")).unwrap_or_default();
+    let (scheme, host) = (uri.scheme_str().unwrap_or("?"), uri.host().unwrap_or("?"));
+    let url = format!("{scheme}://{host}{port}{}", uri.path());
     let failed = |reason: String| HubError::Network { url: url.clone(), reason };
     match error {
         ureq::Error::HostNotFound => Failure::Final(failed("no such host; is the network up?".into())),

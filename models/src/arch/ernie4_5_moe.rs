@@ -15,6 +15,7 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     base.tied = base.fields.flag_or("tie_word_embeddings", true)?;
     let fields = &base.fields;
     fields.only("use_rmsnorm", &[true.into()])?;
+    fields.only("moe_gate_act", &["softmax".into()])?;
     // Capacity limits and load balancing belong to training.
     fields.ignore(&["moe_capacity", "moe_gate", "moe_use_aux_free", "num_nextn_predict_layers"]);
     fields.only("use_bias", &[false.into()])?;

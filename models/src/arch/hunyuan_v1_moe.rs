@@ -40,6 +40,9 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     fields.only("use_rotary_pos_emb", &[true.into()])?;
     fields.only("group_limited_greedy", &[false.into()])?;
     fields.only("norm_topk_prob", &[true.into()])?;
+    for one in ["routed_scaling_factor", "n_group", "topk_group"] {
+        fields.only(one, &[1.0.into(), 1.into()])?;
+    }
     let norms = if fields.flag_or("use_qk_norm", true)? { Norms::PerHeadAfterRope } else { Norms::None };
     let mut attention = Attention::read(&base, norms, Rotation::Half, None)?;
     let bias = fields.flag_or("attention_bias", false)?;

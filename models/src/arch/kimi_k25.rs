@@ -14,6 +14,8 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     fields.ignore(&["model_type", "text_config", "vision_config", "media_placeholder_token_id"]);
     fields.ignore(&["use_unified_vision_chunk", "video_placeholder", "tie_word_embeddings", "vocab_size"]);
     fields.ignore(&["quantization_config", "hidden_size", "image_token_id", "video_token_id"]);
+    fields.ignore(&["vision_start_token_id", "vision_end_token_id"]);
+    fields.ignore(&["projection_hidden_size", "projection_layer_norm_eps"]);
     fields.finish()?;
     let text = config.get("text_config").ok_or_else(|| Error::config("text_config", "is missing"))?;
     let inner = text.get("model_type").and_then(Value::as_str);

@@ -87,8 +87,16 @@ impl Checkpoint {
     /// # Errors
     /// If `config.json` or the safetensors files are missing or broken.
     pub fn open(folder: &Path) -> Result<Self> {
+        Self::open_with(folder, &mut |_, _| ())
+    }
+
+    /// As [`Checkpoint::open`]; `progress` gets the shards that are mapped, and their number.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_with(folder: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Self> {
         let root = folder.canonicalize().map_err(|error| Error::io(folder, error))?;
-        Self::load(Files::Folder(root))
+        Self::load(Files::Folder(root), progress)
     }
 
     /// Opens files embedded in the program, as pairs of name and content.
@@ -96,16 +104,16 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn embedded(files: &'static [(&'static str, &'static [u8])]) -> Result<Self> {
-        Self::load(Files::Embedded(files))
+        Self::load(Files::Embedded(files), &mut |_, _| ())
     }
 
-    fn load(files: Files) -> Result<Self> {
+    fn load(files: Files, progress: &mut dyn FnMut(u64, u64)) -> Result<Self> {
         let mut checkpoint = Self { files, config: Value::Null, tensors: BTreeMap::new() };
         let config = checkpoint.json("config.json")?;
         checkpoint.config = config
             .ok_or_else(|| Error::format("config.json", format!("is missing in {}", checkpoint.place())))?;
         match checkpoint.json(INDEX)? {
-            Some(index) => checkpoint.add_shards(&index)?,
+            Some(index) => checkpoint.add_shards(&index, progress)?,
             None => checkpoint.add_shard("model.safetensors", None)?,
         }
         Ok(checkpoint)
@@ -197,7 +205,7 @@ impl Checkpoint {
         Ok(Some(real))
     }
 
-    fn add_shards(&mut self, index: &Value) -> Result<()> {
+    fn add_shards(&mut self, index: &Value, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let file = INDEX;
         let map = index.get("weight_map").and_then(Value::as_object);
         let map = map.ok_or_else(|| Error::format(file, "has no weight_map"))?;
@@ -214,7 +222,9 @@ impl Checkpoint {
                 format!("names {} shards; the limit is {MAX_SHARDS}", shards.len()),
             ));
         }
-        for (shard, tensors) in shards {
+        let total = shards.len() as u64;
+        for (done, (shard, tensors)) in (0..).zip(shards) {
+            progress(done, total);
             if !shard.ends_with(".safetensors") {
                 return Err(Error::format(file, format!("shard {shard:?} is not a .safetensors file")));
             }

@@ -11,6 +11,8 @@ pub enum Unit {
     Bytes,
     /// Tokens.
     Tokens,
+    /// Files.
+    Files,
 }
 
 /// Appears after a second, goes when it is dropped. Draws nothing where stderr is no terminal.
@@ -32,6 +34,7 @@ impl Progress {
         if self.bar.is_none() && self.begun.elapsed() > Duration::from_secs(1) && done < total {
             let template = match self.unit {
                 Unit::Bytes => "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}, {eta} left",
+                Unit::Files => "{msg} [{bar:30}] {pos}/{len} files, {per_sec}, {eta} left",
                 Unit::Tokens => "{msg} [{bar:30}] {pos}/{len} tokens, {per_sec}, {eta} left",
             };
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
