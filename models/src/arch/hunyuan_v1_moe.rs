@@ -63,8 +63,11 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
     let layers = (0..base.layers)
         .map(|layer| {
             let name = format!("{}.mlp", base.layer_name(layer));
-            let rule = RouterKind::softmax(true)
-                .rule_of(fields, ("num_experts", experts[layer]), ("moe_topk", top_k[layer]))?;
+            let rule = RouterKind::softmax(true).rule_of(
+                fields,
+                ("num_experts", experts[layer]),
+                ("moe_topk", top_k[layer]),
+            )?;
             let mut moe = moe(&base, &name, rule, intermediate[layer], PROJECTIONS);
             moe.router.name = format!("{name}.gate.wg");
             moe.shared = Some(base.mlp(&format!("{name}.shared_mlp"), shared[layer] * intermediate[layer]));

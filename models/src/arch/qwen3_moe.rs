@@ -34,9 +34,8 @@ pub fn describe(config: &Value) -> Result<ModelConfig> {
             return Err(Error::config(fields.path("mlp_only_layers"), message));
         }
     };
-    let is_dense = |layer: usize| {
-        listed.contains(&layer.into()) || step == 0 || !(layer + 1).is_multiple_of(step)
-    };
+    let is_dense =
+        |layer: usize| listed.contains(&layer.into()) || step == 0 || !(layer + 1).is_multiple_of(step);
     let layers = (0..base.layers)
         .map(|layer| {
             let name = format!("{}.mlp", base.layer_name(layer));
