@@ -7,8 +7,6 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "kernels/src/simd.rs",
     "kernels/src/simd/",
     "kernels/src/rows.rs",
-    "kernels/src/matmul/",
-    "kernels/src/experts/",
     "kernels/tests/allocations.rs",
     "models/src/checkpoint/mod.rs",
     "tests/allocations.rs",
