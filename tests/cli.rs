@@ -179,6 +179,24 @@ fn the_prompt_may_come_from_standard_input() {
     assert_eq!(piped["token_ids"], given["token_ids"]);
 }
 
+/// A reader who leaves (`| head`) ends the generation, and that is no failure.
+#[test]
+fn a_reader_who_leaves_ends_the_run() {
+    let begun = std::time::Instant::now();
+    let mut child =
+        moebius(&["run", "demo", "ROMEO:", "--runner", "reference", "--ignore-eos", "--max-tokens", "2000"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+    let mut first = [0; 1];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+    // The reference runner needs far longer for all 2000 tokens.
+    assert!(begun.elapsed().as_secs() < 20);
+}
+
 #[test]
 fn wrong_command_lines_exit_with_2() {
     fails(&["run", "demo", "x", "--threads", "0"], 2, "threads");

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 /// Files that may hold `unsafe`, each with a safety comment at every block.
 const UNSAFE_ALLOWED: &[&str] = &[
-    "kernels/src/simd.rs",
     "kernels/src/simd/",
     "kernels/src/rows.rs",
     "kernels/tests/allocations.rs",

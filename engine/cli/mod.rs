@@ -11,6 +11,7 @@ mod serve;
 mod synth;
 mod trace;
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -185,6 +186,10 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(code) => code,
+        // Whoever read the output has seen enough (`moebius run ... | head`).
+        Err(Error::Io(place, error)) if place == "stdout" && error.kind() == ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE
@@ -198,14 +203,10 @@ fn usage(message: &str) -> ExitCode {
     ExitCode::from(2)
 }
 
-/// Writes to stdout; a reader that has gone away ends the output, not the program.
+/// Writes to stdout at once.
 fn print(text: &str) -> Result<(), Error> {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Error::Io("stdout".into(), error))
-        }
-        _ => Ok(()),
-    }
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    written.map_err(|error| Error::Io("stdout".into(), error))
 }

@@ -308,8 +308,12 @@ pub fn verify(config: &ModelConfig, manifest: &[TensorSpec], checkpoint: &Checkp
     let wanted: BTreeSet<&str> = manifest.iter().map(|spec| spec.name.as_str()).collect();
     let mut skipped = Skipped::default();
     for (name, entry) in checkpoint.tensors() {
-        // What a switched-off part leaves behind holds nothing.
-        if wanted.contains(name.as_str()) || entry.shape.contains(&0) {
+        if wanted.contains(name.as_str()) {
+            continue;
+        }
+        // What a switched-off part leaves behind.
+        if entry.shape.contains(&0) {
+            skipped.tensors.push((name.clone(), "without elements"));
             continue;
         }
         let rule = config.skip.iter().find(|rule| {

@@ -119,7 +119,7 @@ fn tensors_must_be_those_of_the_configuration() {
             &[gate, "is I16, expected one of [F32, F16, BF16]"],
         ),
         (
-            |t| t.tensors.push(("model.layers.0.extra".into(), ::safetensors::Dtype::U8, vec![0], vec![])),
+            |t| t.tensors.push(("model.layers.0.extra".into(), ::safetensors::Dtype::U8, vec![1], vec![7])),
             &["model.layers.0.extra", "is unexpected"],
         ),
         (
@@ -127,8 +127,8 @@ fn tensors_must_be_those_of_the_configuration() {
                 t.tensors.push((
                     "model.layers.1.mlp.gate_proj.weight".into(),
                     ::safetensors::Dtype::U8,
-                    vec![0],
-                    vec![],
+                    vec![1],
+                    vec![7],
                 ))
             },
             &["model.layers.1.mlp.gate_proj.weight", "is unexpected"],
