@@ -101,51 +101,28 @@ fn json_has_every_field_of_the_contract() {
     assert!(object["peak_rss_bytes"].as_u64().unwrap() > 1 << 20);
 }
 
+/// The result of a greedy run of the built-in model.
+#[track_caller]
+fn greedy(prompt: &str, more: &[&str]) -> Value {
+    json(&[&["run", "demo", prompt, "--json", "--temperature", "0"], more].concat())
+}
+
 #[test]
 fn threads_change_no_token() {
-    let ids = |threads| {
-        let args = [
-            "run",
-            "demo",
-            "O Romeo",
-            "--json",
-            "--temperature",
-            "0",
-            "--threads",
-            threads,
-            "--max-tokens",
-            "60",
-        ];
-        json(&args)["token_ids"].clone()
-    };
+    let ids = |threads| greedy("O Romeo", &["--threads", threads, "--max-tokens", "60"])["token_ids"].clone();
     assert_eq!(ids("1"), ids("3"));
 }
 
 #[test]
 fn both_runners_give_the_same_greedy_text() {
-    let text = |runner| {
-        let args = [
-            "run",
-            "demo",
-            "KING:",
-            "--json",
-            "--temperature",
-            "0",
-            "--numerics",
-            "reference",
-            "--runner",
-            runner,
-            "--max-tokens",
-            "24",
-        ];
-        json(&args)["text"].clone()
-    };
+    let exact = ["--numerics", "reference", "--max-tokens", "24", "--runner"];
+    let text = |runner| greedy("KING:", &[&exact[..], &[runner]].concat())["text"].clone();
     assert_eq!(text("cpu"), text("reference"));
 }
 
 #[test]
 fn a_stop_string_ends_the_text_before_it() {
-    let all = json(&["run", "demo", "ROMEO:", "--json", "--temperature", "0", "--max-tokens", "60"]);
+    let all = greedy("ROMEO:", &["--max-tokens", "60"]);
     let text = all["text"].as_str().unwrap();
     let stop: String = text.chars().skip(20).take(4).collect();
     let cut = json(&[
@@ -315,6 +292,7 @@ fn check_finds_no_difference_between_the_runners() {
     assert_eq!(strict.status.code(), Some(1));
     assert!(stderr(&strict).contains("layer 0"), "{}", stderr(&strict));
     fails(&["check", "demo", "--prompt", ""], 1, "--prompt has 0 tokens");
+    fails(&["check", "demo", "--prompt", &"word ".repeat(2000)], 1, "1 to 1024 can be compared");
 }
 
 /// The hub is asked at the endpoint that was named, and not at all offline.
