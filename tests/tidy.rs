@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 const UNSAFE_ALLOWED: &[&str] = &[
     "kernels/src/simd/",
     "kernels/src/rows.rs",
+    "kernels/src/team.rs",
     "kernels/tests/allocations.rs",
     "models/src/checkpoint/mod.rs",
     "tests/allocations.rs",

@@ -14,8 +14,8 @@ mod span;
 
 pub use cache::{CacheMut, CacheSlice, CacheType, PAGE, Pages, write_rows};
 
-use crate::matmul::grain;
-use crate::rows::{Rows, RowsMut};
+use crate::matmul::pieces;
+use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES};
 use span::{Finish, Group, Serial, Span, group_heads, state_len};
 
@@ -164,14 +164,12 @@ impl Shape<'_> {
         (position + 1).saturating_sub(self.window)
     }
 
-    /// Where to cut a range of heads in two, or none if one [`Group`] takes them all.
-    fn cut(&self, heads: (usize, usize)) -> Option<usize> {
+    /// Heads that one [`Group`] takes: they share a key head, and its state fits.
+    fn group_heads(&self) -> usize {
         let per = self.heads / self.kv_heads;
-        let (first, last) = (heads.0 / per, (heads.1 - 1) / per);
-        if first != last {
-            return Some((first + last).div_ceil(2) * per);
-        }
-        (heads.1 - heads.0 > group_heads(self.value)).then(|| (heads.0 + heads.1).div_ceil(2))
+        let most = group_heads(self.value).min(per);
+        // The greatest divisor: so every group of a key head is as large as the others.
+        (1..=most).rev().find(|n| per.is_multiple_of(*n)).unwrap_or(1)
     }
 }
 
@@ -183,8 +181,6 @@ struct Call<'a> {
     first_position: usize,
     keys: &'a Pages<'a>,
     values: &'a Pages<'a>,
-    /// Pieces of less than so many heads of a row are not worth another thread.
-    grain: usize,
 }
 
 fn attend(
@@ -207,23 +203,33 @@ fn attend(
 
     let visible = end - shape.begin(queries.first_position);
     let work = rows.count() * shape.heads * visible * (shape.key + shape.value);
-    let grain = grain(work) / (visible * (shape.key + shape.value));
-    let call =
-        Call { isa, shape, queries: rows, first_position: queries.first_position, keys, values, grain };
+    let group = shape.group_heads();
+    let (band, columns) = pieces(work, (rows.count(), shape.heads), (1, group));
+    let call = Call { isa, shape, queries: rows, first_position: queries.first_position, keys, values };
 
     let spans = end.div_ceil(SPAN) - shape.begin(queries.first_position) / SPAN;
-    let state = shape.heads * state_len(shape.value);
-    let needed = rows.count() * spans * state;
+    let state = state_len(shape.value);
+    let needed = rows.count() * spans * shape.heads * state;
     let split = spans > 1
         && rows.count() * shape.heads <= SPLIT_HEADS
-        && rows.count() * shape.heads > grain
+        && (band, columns) != (rows.count(), shape.heads)
         && scratch.len() >= needed;
     if split {
         let scratch = &mut scratch[..needed];
-        call.spans(spans, (0, rows.count() * spans), (0, shape.heads), RowsMut::new(scratch, state));
-        call.merge(spans, Rows::new(scratch, state), out);
+        let states = RowsMut::new(scratch, shape.heads * state);
+        for_each_part(Cut::new(states, Bands::Every(1), group * state), &|part| {
+            call.span(part.first_row / spans, part.first_row % spans, part.first_column / state, part.rows);
+        });
+        call.merge(spans, Rows::new(scratch, shape.heads * state), out);
     } else {
-        call.rows((0, rows.count()), (0, shape.heads), out);
+        for_each_part(Cut::new(out, Bands::Every(band), columns * shape.value), &|mut part| {
+            for row in 0..part.rows.count() {
+                let first = part.first_column / shape.value;
+                for (i, out) in part.rows.row(row).chunks_mut(group * shape.value).enumerate() {
+                    call.serial(part.first_row + row, first + i * group, out);
+                }
+            }
+        });
     }
 }
 
@@ -251,58 +257,21 @@ impl<'a> Call<'a> {
         self.shape.sinks.map(|sinks| &sinks[heads.0..heads.1])
     }
 
-    /// Rows and heads side by side, the spans of each one after another.
-    fn rows(&self, rows: (usize, usize), heads: (usize, usize), out: RowsMut<'_>) {
-        let small = (rows.1 - rows.0) * (heads.1 - heads.0) <= self.grain;
-        if rows.1 - rows.0 > 1 {
-            let middle = (rows.0 + rows.1) / 2;
-            let (top, bottom) = out.split_rows(middle - rows.0);
-            return join(
-                small,
-                || self.rows((rows.0, middle), heads, top),
-                || self.rows((middle, rows.1), heads, bottom),
-            );
-        }
-        if let Some(middle) = self.shape.cut(heads) {
-            let (left, right) = out.split_columns((middle - heads.0) * self.shape.value);
-            return join(
-                small,
-                || self.rows(rows, (heads.0, middle), left),
-                || self.rows(rows, (middle, heads.1), right),
-            );
-        }
-        let mut out = out;
-        let group = self.group(rows.0, heads);
-        let (range, sinks) = (self.visible(rows.0), self.sinks(heads));
-        self.isa.run(Serial { group, range, sinks, out: out.row(0) });
+    /// One group of heads of a row, its spans one after another.
+    fn serial(&self, row: usize, head: usize, out: &mut [f32]) {
+        let heads = (head, head + out.len() / self.shape.value);
+        let group = self.group(row, heads);
+        self.isa.run(Serial { group, range: self.visible(row), sinks: self.sinks(heads), out });
     }
 
-    /// Spans, rows and heads side by side. `out` has a row for every span of every row of the call,
-    /// `pieces` of them, with the state of `heads`.
-    fn spans(&self, spans: usize, pieces: (usize, usize), heads: (usize, usize), out: RowsMut<'_>) {
-        if pieces.1 - pieces.0 > 1 {
-            let middle = (pieces.0 + pieces.1) / 2;
-            let (top, bottom) = out.split_rows(middle - pieces.0);
-            rayon::join(
-                || self.spans(spans, (pieces.0, middle), heads, top),
-                || self.spans(spans, (middle, pieces.1), heads, bottom),
-            );
-            return;
-        }
-        if let Some(middle) = self.shape.cut(heads) {
-            let (left, right) = out.split_columns((middle - heads.0) * state_len(self.shape.value));
-            rayon::join(
-                || self.spans(spans, pieces, (heads.0, middle), left),
-                || self.spans(spans, pieces, (middle, heads.1), right),
-            );
-            return;
-        }
-        let mut out = out;
-        let (begin, end) = self.visible(pieces.0 / spans);
-        let span = self.first_span() + pieces.0 % spans;
+    /// The state of one span of some heads of a row.
+    fn span(&self, row: usize, span: usize, head: usize, mut out: RowsMut<'_>) {
+        let heads = (head, head + out.width() / state_len(self.shape.value));
+        let (begin, end) = self.visible(row);
+        let span = self.first_span() + span;
         let range = (begin.max(span * SPAN), end.min((span + 1) * SPAN));
         if range.0 < range.1 {
-            let group = self.group(pieces.0 / spans, heads);
+            let group = self.group(row, heads);
             self.isa.run(Span { group, range, state: out.row(0).as_chunks_mut::<LANES>().0 });
         }
     }
@@ -324,15 +293,5 @@ impl<'a> Call<'a> {
                 out: out.row(row),
             });
         }
-    }
-}
-
-/// Both, at once unless `serial`.
-fn join(serial: bool, a: impl FnOnce() + Send, b: impl FnOnce() + Send) {
-    if serial {
-        a();
-        b();
-    } else {
-        rayon::join(a, b);
     }
 }

@@ -4,7 +4,7 @@
 //! The pairs (token, rank) are grouped by expert, so that every weight is read once. Each pair has an
 //! output row of its own, and a token's rows are added in rank order: the result depends neither on
 //! the grouping nor on which thread did what. Two parallel regions, gate/up and down, are each cut
-//! over experts first and over output columns within an expert, so that many tokens on many experts
+//! over experts and over output columns within an expert, so that many tokens on many experts
 //! and one token on eight both fill the threads.
 
 mod dispatch;
@@ -15,7 +15,7 @@ pub use dispatch::{Dispatch, DispatchLimits, Routed, run_experts};
 use crate::format::Matrix;
 use crate::matmul::transposed::Transposed;
 use crate::matmul::{self, Input, tile::Product};
-use crate::rows::{Rows, RowsMut};
+use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::Isa;
 use gate_up::GateUpProduct;
 
@@ -122,39 +122,39 @@ pub fn ffn(isa: Isa, x: &[f32], ffn: &ExpertFfn<'_>, scratch: &mut [f32], out: &
     let out = RowsMut::new(out, ffn.hidden());
     assert_eq!(x.count(), out.count(), "rows in and out");
     let inner = &mut scratch[..ffn_scratch_len(x.count(), ffn.inter())];
-    let (gate_up, down) = ffn.work();
-    let gate_up = matmul::grain(gate_up * x.count());
-    activated(
-        isa,
-        gate_up,
-        GateUpProduct { x: Input::all(x), ffn: *ffn, first: 0, out: RowsMut::new(inner, ffn.inter()) },
-    );
-    let down = matmul::grain(down * x.count());
-    down_product(isa, down, ffn, Input::all(Rows::new(inner, ffn.inter())), out);
+    activated(isa, Input::all(x), ffn, RowsMut::new(inner, ffn.inter()));
+    down_product(isa, Input::all(Rows::new(inner, ffn.inter())), ffn, out);
 }
 
-/// Cuts gate and up into pieces of about `grain` multiply-adds.
-fn activated(isa: Isa, grain: usize, p: GateUpProduct<'_>) {
-    let width = p.out.width();
-    let work = 2 * width * p.ffn.hidden() * p.x.count();
-    if work <= grain || width < 2 * gate_up::BLOCK {
-        return p.run(isa);
+/// Gate, up and activation on all threads.
+fn activated(isa: Isa, x: Input<'_>, ffn: &ExpertFfn<'_>, out: RowsMut<'_>) {
+    let shape = (x.count(), ffn.inter());
+    if shape.0 == 0 {
+        return;
     }
-    let at = (width / 2).next_multiple_of(gate_up::BLOCK);
-    let (left, right) = p.out.split_columns(at);
-    let (x, ffn, first) = (p.x, p.ffn, p.first);
-    rayon::join(
-        || activated(isa, grain, GateUpProduct { x, ffn, first, out: left }),
-        || activated(isa, grain, GateUpProduct { x, ffn, first: first + at, out: right }),
-    );
+    let (rows, columns) = matmul::pieces(ffn.work().0 * x.count(), shape, (64, gate_up::BLOCK));
+    for_each_part(Cut::new(out, Bands::Every(rows), columns), &|part| {
+        let x = x.slice(part.first_row, part.rows.count());
+        GateUpProduct { x, ffn: *ffn, first: part.first_column, out: part.rows }.run(isa);
+    });
 }
 
-/// The down projection of activated rows, cut into pieces of about `grain` multiply-adds.
-fn down_product(isa: Isa, grain: usize, ffn: &ExpertFfn<'_>, x: Input<'_>, out: RowsMut<'_>) {
+/// The down projection of activated rows on all threads.
+fn down_product(isa: Isa, x: Input<'_>, ffn: &ExpertFfn<'_>, out: RowsMut<'_>) {
     let (w, bias) = (ffn.down, ffn.down_bias);
     if ffn.down_transposed {
-        matmul::transposed(isa, grain, Transposed { x, w, first: 0, bias, out });
+        matmul::transposed(isa, Transposed { x, w, first: 0, bias, out });
     } else {
-        matmul::product(isa, grain, Product { x, w, bias, out });
+        matmul::product(isa, Product { x, w, bias, out });
+    }
+}
+
+/// Columns of the down projection from `first` on, on this thread.
+fn down_part(isa: Isa, x: Input<'_>, ffn: &ExpertFfn<'_>, first: usize, out: RowsMut<'_>) {
+    let bias = ffn.down_bias.map(|bias| &bias[first..][..out.width()]);
+    if ffn.down_transposed {
+        isa.run(Transposed { x, w: ffn.down, first, bias, out });
+    } else {
+        isa.run(Product { x, w: ffn.down.slice(first, out.width()), bias, out });
     }
 }

@@ -20,6 +20,7 @@ pub mod rope;
 pub mod route;
 pub mod rows;
 pub mod simd;
+pub mod team;
 
 pub use format::{Matrix, Values};
 pub use rows::{Rows, RowsMut};

@@ -9,16 +9,19 @@ pub(crate) mod tile;
 pub(crate) mod transposed;
 
 use crate::format::Matrix;
-use crate::rows::{Rows, RowsMut};
+use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES};
+use crate::team;
 pub(crate) use tile::Input;
 use tile::{Dequantise, Product};
 use transposed::Transposed;
 
 /// Multiply-adds below which a product stays on its thread.
 const SMALL: usize = 64 * 1024;
+/// Pieces of large work per thread: what one thread does not get done, others take over.
+const PIECES: usize = 8;
 /// Columns of a transposed product below which they are not cut: shorter runs of each row are slow to read.
-const MIN_COLUMNS: usize = 512;
+pub(crate) const MIN_COLUMNS: usize = 512;
 /// Rows of x from which on they are cut, too.
 const MANY_TOKENS: usize = 64;
 
@@ -34,8 +37,7 @@ pub fn matmul(isa: Isa, x: &[f32], w: &Matrix<'_>, bias: Option<&[f32]>, out: &m
 /// [`matmul`] of strided rows.
 pub fn matmul_rows(isa: Isa, x: Rows<'_>, w: &Matrix<'_>, bias: Option<&[f32]>, out: RowsMut<'_>) {
     check((x.count(), x.width()), (w.cols, w.rows), bias, &out);
-    let grain = grain(w.rows * w.cols * x.count());
-    product(isa, grain, Product { x: Input::all(x), w: *w, bias, out });
+    product(isa, Product { x: Input::all(x), w: *w, bias, out });
 }
 
 /// [`matmul_rows`] on the calling thread alone.
@@ -56,8 +58,7 @@ pub fn matmul_transposed(isa: Isa, x: &[f32], w: &Matrix<'_>, bias: Option<&[f32
 /// [`matmul_transposed`] of strided rows.
 pub fn matmul_transposed_rows(isa: Isa, x: Rows<'_>, w: &Matrix<'_>, bias: Option<&[f32]>, out: RowsMut<'_>) {
     check((x.count(), x.width()), (w.rows, w.cols), bias, &out);
-    let grain = grain(w.rows * w.cols * x.count());
-    transposed(isa, grain, Transposed { x: Input::all(x), w: *w, first: 0, bias, out });
+    transposed(isa, Transposed { x: Input::all(x), w: *w, first: 0, bias, out });
 }
 
 /// [`matmul_transposed_rows`] on the calling thread alone.
@@ -92,7 +93,7 @@ pub struct Heads {
 /// # Panics
 /// If x or out are too narrow for the heads, or `w` has too few bytes.
 pub fn matmul_heads(isa: Isa, heads: &Heads, x: Rows<'_>, w: &Matrix<'_>, out: RowsMut<'_>) {
-    per_head(isa, heads, &HeadProduct { x, w: *w, transposed: false }, 0, heads.count, out);
+    per_head(heads, x, (w, w.cols, w.rows), out, &|x, w, out| matmul_serial(isa, x, &w, None, out));
 }
 
 /// [`matmul_transposed_rows`] of every head with its own matrix (W_UK of absorbed latent attention).
@@ -100,46 +101,35 @@ pub fn matmul_heads(isa: Isa, heads: &Heads, x: Rows<'_>, w: &Matrix<'_>, out: R
 /// # Panics
 /// If x or out are too narrow for the heads, or `w` has too few bytes.
 pub fn matmul_transposed_heads(isa: Isa, heads: &Heads, x: Rows<'_>, w: &Matrix<'_>, out: RowsMut<'_>) {
-    per_head(isa, heads, &HeadProduct { x, w: *w, transposed: true }, 0, heads.count, out);
+    per_head(heads, x, (w, w.rows, w.cols), out, &|x, w, out| {
+        matmul_transposed_serial(isa, x, &w, None, out)
+    });
 }
 
-struct HeadProduct<'a> {
-    x: Rows<'a>,
-    w: Matrix<'a>,
-    transposed: bool,
-}
-
-/// Heads `first .. first + count`; `out` begins at the columns of the first.
-fn per_head(isa: Isa, heads: &Heads, p: &HeadProduct<'_>, first: usize, count: usize, out: RowsMut<'_>) {
-    let (width_in, width_out) = if p.transposed { (p.w.rows, p.w.cols) } else { (p.w.cols, p.w.rows) };
+/// `f` of every head: its columns of x, its weight, its columns of out.
+fn per_head(
+    heads: &Heads,
+    x: Rows<'_>,
+    (w, width_in, width_out): (&Matrix<'_>, usize, usize),
+    out: RowsMut<'_>,
+    f: &(dyn Fn(Rows<'_>, Matrix<'_>, RowsMut<'_>) + Sync),
+) {
     assert!(heads.count < 2 || heads.out_step >= width_out, "the outputs of two heads overlap");
-    match count {
-        0 => {}
-        1 => {
-            let x = p.x.columns(first * heads.x_step, width_in);
-            let w = Matrix { first_row: p.w.first_row + first * heads.w_step, ..p.w };
-            let out = out.columns(0, width_out);
-            if p.transposed {
-                matmul_transposed_rows(isa, x, &w, None, out);
-            } else {
-                matmul_rows(isa, x, &w, None, out);
-            }
-        }
-        _ => {
-            let (left, right) = out.split_columns(count / 2 * heads.out_step);
-            let work = count * p.w.rows * p.w.cols * p.x.count();
-            let halves = (
-                || per_head(isa, heads, p, first, count / 2, left),
-                || per_head(isa, heads, p, first + count / 2, count - count / 2, right),
-            );
-            if work < SMALL {
-                (halves.0)();
-                (halves.1)();
-            } else {
-                rayon::join(halves.0, halves.1);
-            }
-        }
+    if heads.count == 0 || x.count() == 0 {
+        return;
     }
+    let step = heads.out_step.max(width_out);
+    let (rows, across) = pieces(heads.count * w.rows * w.cols * x.count(), (x.count(), heads.count), (64, 1));
+    let out = out.columns(0, (heads.count - 1) * step + width_out);
+    for_each_part(Cut::new(out, Bands::Every(rows), across * step), &|mut part| {
+        let x = x.slice(part.first_row, part.rows.count());
+        let first = part.first_column / step;
+        for head in first..heads.count.min(first + across) {
+            let x = x.columns(head * heads.x_step, width_in);
+            let w = Matrix { first_row: w.first_row + head * heads.w_step, ..*w };
+            f(x, w, part.rows.reborrow().columns((head - first) * step, width_out));
+        }
+    });
 }
 
 /// Row `row` of `w` as f32, exactly.
@@ -158,67 +148,58 @@ fn check((tokens, width): (usize, usize), w: (usize, usize), bias: Option<&[f32]
     assert!(bias.is_none_or(|b| b.len() == w.1), "one bias per output column");
 }
 
-/// Multiply-adds of one piece of a product of `work` of them: four pieces per thread, none small.
-pub(crate) fn grain(work: usize) -> usize {
+/// How to cut `work` multiply-adds over `rows` and `columns` of their results, the latter in multiples of
+/// the least number of each: into some pieces per thread, over columns first, none of them small.
+pub(crate) fn pieces(
+    work: usize,
+    (rows, columns): (usize, usize),
+    (least_rows, least): (usize, usize),
+) -> (usize, usize) {
     // Asking for the number of threads starts rayon's own pool if there is no other: not for small work.
-    if work <= SMALL || rayon::current_num_threads() == 1 {
-        return usize::MAX;
+    let wanted = if work <= SMALL { 1 } else { (work / SMALL).min(PIECES * team::threads()) };
+    if wanted <= 1 || team::threads() == 1 {
+        return (rows, columns);
     }
-    SMALL.max(work / (4 * rayon::current_num_threads()))
+    let across = wanted.min(columns.div_ceil(least));
+    let down = wanted.div_ceil(across).min(rows.div_ceil(least_rows));
+    (rows.div_ceil(down), columns.div_ceil(across).next_multiple_of(least))
 }
 
-/// Cuts a product into pieces of about `grain` multiply-adds.
-pub(crate) fn product(isa: Isa, grain: usize, p: Product<'_>) {
-    let (tokens, rows) = (p.x.count(), p.w.rows);
-    if tokens * rows * p.w.cols <= grain {
-        return isa.run(p);
+/// A product on all threads.
+pub(crate) fn product(isa: Isa, p: Product<'_>) {
+    let (tokens, width) = (p.x.count(), p.w.rows);
+    if tokens * width == 0 {
+        return;
     }
-    if rows >= 2 * LANES {
-        let at = (rows / 2).next_multiple_of(4);
-        let (left, right) = p.out.split_columns(at);
-        let (bias_left, bias_right) = p.bias.map(|b| b.split_at(at)).unzip();
-        let (w_left, w_right) = (p.w.slice(0, at), p.w.slice(at, rows - at));
-        rayon::join(
-            || product(isa, grain, Product { x: p.x, w: w_left, bias: bias_left, out: left }),
-            || product(isa, grain, Product { x: p.x, w: w_right, bias: bias_right, out: right }),
-        );
-    } else if tokens >= MANY_TOKENS {
-        let at = (tokens / 2).next_multiple_of(LANES);
-        let (top, bottom) = p.out.split_rows(at);
-        let (x_top, x_bottom) = p.x.split(at);
-        rayon::join(
-            || product(isa, grain, Product { x: x_top, w: p.w, bias: p.bias, out: top }),
-            || product(isa, grain, Product { x: x_bottom, w: p.w, bias: p.bias, out: bottom }),
-        );
-    } else {
-        isa.run(p);
-    }
+    let (rows, columns) = pieces(tokens * width * p.w.cols, (tokens, width), (MANY_TOKENS, LANES));
+    let Product { x, w, bias, out } = p;
+    for_each_part(Cut::new(out, Bands::Every(rows), columns), &|part| {
+        let (first, count) = (part.first_column, part.rows.width());
+        isa.run(Product {
+            x: x.slice(part.first_row, part.rows.count()),
+            w: w.slice(first, count),
+            bias: bias.map(|bias| &bias[first..][..count]),
+            out: part.rows,
+        });
+    });
 }
 
 /// As [`product`].
-pub(crate) fn transposed(isa: Isa, grain: usize, p: Transposed<'_>) {
+pub(crate) fn transposed(isa: Isa, p: Transposed<'_>) {
     let (tokens, width) = (p.x.count(), p.out.width());
-    if tokens * width * p.w.rows <= grain {
-        return isa.run(p);
+    if tokens * width == 0 {
+        return;
     }
-    if width >= 2 * MIN_COLUMNS {
-        let at = (width / 2).next_multiple_of(LANES);
-        let (left, right) = p.out.split_columns(at);
-        let (bias_left, bias_right) = p.bias.map(|b| b.split_at(at)).unzip();
-        let (x, w, first) = (p.x, p.w, p.first);
-        rayon::join(
-            || transposed(isa, grain, Transposed { x, w, first, bias: bias_left, out: left }),
-            || transposed(isa, grain, Transposed { x, w, first: first + at, bias: bias_right, out: right }),
-        );
-    } else if tokens >= MANY_TOKENS {
-        let at = (tokens / 2).next_multiple_of(4);
-        let (top, bottom) = p.out.split_rows(at);
-        let (x_top, x_bottom) = p.x.split(at);
-        rayon::join(
-            || transposed(isa, grain, Transposed { x: x_top, out: top, ..p }),
-            || transposed(isa, grain, Transposed { x: x_bottom, out: bottom, ..p }),
-        );
-    } else {
-        isa.run(p);
-    }
+    let (rows, columns) = pieces(tokens * width * p.w.rows, (tokens, width), (MANY_TOKENS, MIN_COLUMNS));
+    let Transposed { x, w, first, bias, out } = p;
+    for_each_part(Cut::new(out, Bands::Every(rows), columns), &|part| {
+        let (at, count) = (part.first_column, part.rows.width());
+        isa.run(Transposed {
+            x: x.slice(part.first_row, part.rows.count()),
+            w,
+            first: first + at,
+            bias: bias.map(|bias| &bias[at..][..count]),
+            out: part.rows,
+        });
+    });
 }

@@ -1,9 +1,11 @@
 //! Rows of f32 inside a larger buffer, as every operation takes and gives them.
 //!
 //! [`RowsMut`] can be cut by columns as well as by rows, so threads that compute different output
-//! columns of the same rows each own their part. It holds the only `unsafe` outside [`crate::simd`].
+//! columns of the same rows each own their part; [`for_each_part`] hands such parts out to the threads.
 
 use std::marker::PhantomData;
+
+use crate::team;
 
 /// `count` rows of `width` values, `stride` values apart.
 #[derive(Clone, Copy, Debug)]
@@ -74,25 +76,25 @@ impl<'a> Rows<'a> {
 /// `count` rows of `width` values, `stride` values apart, borrowed alone. The gaps between rows may
 /// belong to another `RowsMut`.
 #[derive(Debug)]
-pub struct RowsMut<'a> {
-    start: *mut f32,
+pub struct RowsMut<'a, T = f32> {
+    start: *mut T,
     count: usize,
     stride: usize,
     width: usize,
-    borrow: PhantomData<&'a mut [f32]>,
+    borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a `RowsMut` is an exclusive borrow of its values and of nothing else, as `&mut [f32]` is.
-unsafe impl Send for RowsMut<'_> {}
+// SAFETY: a `RowsMut` is an exclusive borrow of its values and of nothing else, as `&mut [T]` is.
+unsafe impl<T: Send> Send for RowsMut<'_, T> {}
 // SAFETY: a shared `RowsMut` gives no access to its values.
-unsafe impl Sync for RowsMut<'_> {}
+unsafe impl<T: Sync> Sync for RowsMut<'_, T> {}
 
-impl<'a> RowsMut<'a> {
+impl<'a, T> RowsMut<'a, T> {
     /// Rows that follow one another without a gap.
     ///
     /// # Panics
     /// If `data` is not whole rows of `width`.
-    pub fn new(data: &'a mut [f32], width: usize) -> Self {
+    pub fn new(data: &'a mut [T], width: usize) -> Self {
         let count = whole_rows(data.len(), width);
         Self::strided(data, count, width, width)
     }
@@ -102,7 +104,7 @@ impl<'a> RowsMut<'a> {
     ///
     /// # Panics
     /// If the rows do not lie in `data`, or overlap.
-    pub fn strided(data: &'a mut [f32], count: usize, stride: usize, width: usize) -> Self {
+    pub fn strided(data: &'a mut [T], count: usize, stride: usize, width: usize) -> Self {
         check(data.len(), count, stride, width);
         Self { start: data.as_mut_ptr(), count, stride, width, borrow: PhantomData }
     }
@@ -119,7 +121,7 @@ impl<'a> RowsMut<'a> {
 
     /// Row `index`.
     #[inline]
-    pub fn row(&mut self, index: usize) -> &mut [f32] {
+    pub fn row(&mut self, index: usize) -> &mut [T] {
         assert!(index < self.count, "row {index} of {}", self.count);
         // SAFETY: the constructor checked that row `index < count` lies in the borrowed buffer; cuts
         // only ever shrink count and width. No other `RowsMut` covers these columns of these rows
@@ -129,7 +131,7 @@ impl<'a> RowsMut<'a> {
     }
 
     /// The same rows, borrowed for a shorter time.
-    pub fn reborrow(&mut self) -> RowsMut<'_> {
+    pub fn reborrow(&mut self) -> RowsMut<'_, T> {
         RowsMut { borrow: PhantomData, ..*self }
     }
 
@@ -169,6 +171,115 @@ impl<'a> RowsMut<'a> {
     pub fn slice(self, start: usize, count: usize) -> Self {
         self.split_rows(start).1.split_rows(count).0
     }
+}
+
+/// Where some rows are cut into parts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Bands<'a> {
+    /// Every so many rows.
+    Every(usize),
+    /// At these rows, ascending: band b ends where band b + 1 begins. Starts at 0, ends with the number of rows.
+    At(&'a [u32]),
+}
+
+/// Rows to be cut into parts: by bands of rows, and each band by columns.
+#[derive(Debug)]
+pub(crate) struct Cut<'a, 'b, T = f32> {
+    rows: RowsMut<'a, T>,
+    bands: Bands<'b>,
+    columns: usize,
+}
+
+/// One part of a [`Cut`].
+#[derive(Debug)]
+pub(crate) struct Part<'a, T = f32> {
+    /// Which band of rows.
+    pub(crate) band: usize,
+    pub(crate) first_row: usize,
+    pub(crate) first_column: usize,
+    pub(crate) rows: RowsMut<'a, T>,
+}
+
+impl<'a, 'b, T> Cut<'a, 'b, T> {
+    /// Parts of one band and at most `columns` columns.
+    ///
+    /// # Panics
+    /// If the bands do not ascend from 0 to the number of rows.
+    pub(crate) fn new(rows: RowsMut<'a, T>, bands: Bands<'b>, columns: usize) -> Self {
+        assert!(columns > 0, "parts without columns");
+        match bands {
+            Bands::Every(step) => assert!(step > 0, "bands without rows"),
+            Bands::At(rows_at) => {
+                assert!(rows_at.is_sorted() && rows_at.first() == Some(&0), "bands ascend from 0");
+                assert_eq!(
+                    rows_at.last().copied(),
+                    u32::try_from(rows.count).ok(),
+                    "bands end with the rows"
+                );
+            }
+        }
+        Self { rows, bands, columns }
+    }
+
+    fn bands(&self) -> usize {
+        match self.bands {
+            Bands::Every(step) => self.rows.count.div_ceil(step),
+            Bands::At(rows_at) => rows_at.len() - 1,
+        }
+    }
+
+    /// Number of parts, band after band.
+    pub(crate) fn parts(&self) -> usize {
+        self.bands() * self.rows.width.div_ceil(self.columns)
+    }
+
+    /// Part `index`.
+    ///
+    /// # Safety
+    /// No part may be asked for twice while the first is alive.
+    unsafe fn part(&self, index: usize) -> Part<'_, T> {
+        let across = self.rows.width.div_ceil(self.columns);
+        let band = index / across;
+        let (first, end) = match self.bands {
+            Bands::Every(step) => (band * step, self.rows.count.min((band + 1) * step)),
+            Bands::At(rows_at) => (rows_at[band] as usize, rows_at[band + 1] as usize),
+        };
+        let column = index % across * self.columns;
+        assert!(end <= self.rows.count && column < self.rows.width, "part {index} of {}", self.parts());
+        Part {
+            band,
+            first_row: first,
+            first_column: column,
+            rows: RowsMut {
+                start: self.rows.start.wrapping_add(first * self.rows.stride + column),
+                count: end - first,
+                stride: self.rows.stride,
+                width: self.columns.min(self.rows.width - column),
+                borrow: PhantomData,
+            },
+        }
+    }
+}
+
+/// `f(part)` for every part of `cut`, on all threads.
+pub(crate) fn for_each_part<T: Send + Sync>(cut: Cut<'_, '_, T>, f: &(dyn Fn(Part<'_, T>) + Sync)) {
+    // SAFETY: every index is run once, and parts of different indices do not overlap.
+    team::run(cut.parts(), &|index| f(unsafe { cut.part(index) }));
+}
+
+/// [`for_each_part`] of two, the parts of the first before those of the second, in one region.
+pub(crate) fn for_each_part_of_two<T: Send + Sync, U: Send + Sync>(
+    (first, second): (Cut<'_, '_, T>, Cut<'_, '_, U>),
+    f: &(dyn Fn(Part<'_, T>) + Sync),
+    g: &(dyn Fn(Part<'_, U>) + Sync),
+) {
+    let firsts = first.parts();
+    team::run(firsts + second.parts(), &|index| match index.checked_sub(firsts) {
+        // SAFETY: every index is run once, and parts of different indices do not overlap.
+        None => f(unsafe { first.part(index) }),
+        // SAFETY: as above.
+        Some(index) => g(unsafe { second.part(index) }),
+    });
 }
 
 /// `out[i] += x[i]`: a residual or a shared expert.

@@ -90,7 +90,7 @@ impl Point {
 }
 
 /// Sees inside a forward pass.
-pub trait Probe {
+pub trait Probe: Send {
     /// Whether [`Probe::value`] wants this point; asked before any work for it.
     fn wants(&self, _layer: usize, _point: Point) -> bool {
         false

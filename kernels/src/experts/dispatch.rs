@@ -1,9 +1,9 @@
 //! Grouping of (token, rank) pairs by expert, and the combine.
 
-use super::gate_up::GateUpProduct;
-use super::{ExpertFfn, activated, down_product};
+use super::gate_up::{BLOCK, GateUpProduct};
+use super::{ExpertFfn, down_part};
 use crate::matmul::{self, Input};
-use crate::rows::{Rows, RowsMut};
+use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES, Lanes, Work};
 
 /// What a [`Dispatch`] must hold.
@@ -23,10 +23,10 @@ pub struct DispatchLimits {
 
 impl DispatchLimits {
     /// Bytes a [`Dispatch`] allocates: with P = tokens * top_k pairs, 4 P (hidden + inter) for outputs and
-    /// activated rows, 12 P for the lists and 16 per expert.
+    /// activated rows, 12 P for the lists and 12 per expert and 4.
     pub fn bytes(&self) -> usize {
         let pairs = self.tokens * self.top_k;
-        4 * pairs * (self.hidden + self.inter) + 12 * pairs + 16 * self.experts
+        4 * pairs * (self.hidden + self.inter) + 12 * pairs + 12 * self.experts + 4
     }
 }
 
@@ -37,7 +37,9 @@ pub struct Dispatch {
     /// Pairs of every expert, then where the next pair of it goes. `[experts]`
     counts: Vec<u32>,
     /// Experts that have pairs, ascending. `[experts]`
-    active: Vec<Active>,
+    active: Vec<u32>,
+    /// Place of the first pair of each, and last the number of pairs. `[experts + 1]`
+    firsts: Vec<u32>,
     /// Token of every pair, grouped by expert. `[pairs]`
     tokens: Vec<u32>,
     /// Place of pair (token, rank) in the groups. `[pairs]`
@@ -48,13 +50,6 @@ pub struct Dispatch {
     outer: Vec<f32>,
 }
 
-/// One expert's pairs begin at place `first` of the groups.
-#[derive(Clone, Copy, Debug, Default)]
-struct Active {
-    expert: u32,
-    first: u32,
-}
-
 impl Dispatch {
     /// Allocates [`DispatchLimits::bytes`].
     pub fn new(limits: DispatchLimits) -> Self {
@@ -63,7 +58,8 @@ impl Dispatch {
         Self {
             limits,
             counts: vec![0; limits.experts],
-            active: vec![Active::default(); limits.experts],
+            active: vec![0; limits.experts],
+            firsts: vec![0; limits.experts + 1],
             tokens: vec![0; pairs],
             places: vec![0; pairs],
             inner: vec![0.0; pairs * limits.inter],
@@ -86,11 +82,12 @@ impl Dispatch {
         let (mut first, mut active) = (0, 0);
         for (expert, count) in self.counts.iter_mut().enumerate() {
             if *count > 0 {
-                self.active[active] = Active { expert: expert as u32, first };
+                (self.active[active], self.firsts[active]) = (expert as u32, first);
                 active += 1;
             }
             first += std::mem::replace(count, first);
         }
+        self.firsts[active] = first;
         for (pair, &id) in ids.iter().enumerate() {
             let place = &mut self.counts[id as usize];
             self.tokens[*place as usize] = (pair / self.limits.top_k) as u32;
@@ -150,93 +147,46 @@ fn run_some<'w>(
 ) {
     let active = dispatch.group(routed.ids);
     let DispatchLimits { top_k, hidden, .. } = dispatch.limits;
-    let active = &dispatch.active[..active];
-    let example = lookup(active[0].expert);
+    let pairs = routed.ids.len();
+    if pairs == 0 {
+        return;
+    }
+    let (active, firsts) = (&dispatch.active[..active], &dispatch.firsts[..=active]);
+    let example = lookup(active[0]);
     let inter = example.inter();
     assert!(inter <= dispatch.limits.inter, "experts of {inter}, buffers for {}", dispatch.limits.inter);
-    let pairs = routed.ids.len();
-    let region = Region { isa, lookup, hidden, inter, grains: (0, 0) };
-    let (gate_up, down) = example.work();
-    let region = Region { grains: (matmul::grain(gate_up * pairs), matmul::grain(down * pairs)), ..region };
+    let ffn = |band: usize| {
+        let ffn = lookup(active[band]);
+        ffn.check();
+        assert_eq!((ffn.hidden(), ffn.inter()), (hidden, inter), "shape of expert {}", active[band]);
+        ffn
+    };
+    let columns = |work: usize, width: usize, least: usize| {
+        matmul::pieces(work * pairs, (1, active.len() * width.next_multiple_of(least)), (1, least))
+            .1
+            .min(width)
+    };
+    let (gate_up_work, down_work) = example.work();
 
-    let inner = &mut dispatch.inner[..pairs * inter];
+    let x = Rows::new(routed.x, hidden);
     let tokens = &dispatch.tokens[..pairs];
-    region.gate_up(active, Rows::new(routed.x, hidden), tokens, RowsMut::new(inner, inter));
+    let inner = &mut dispatch.inner[..pairs * inter];
+    let cut = columns(gate_up_work, inter, BLOCK);
+    for_each_part(Cut::new(RowsMut::new(inner, inter), Bands::At(firsts), cut), &|part| {
+        let picks = &tokens[part.first_row..][..part.rows.count()];
+        let x = Input { x, picks: Some(picks) };
+        GateUpProduct { x, ffn: ffn(part.band), first: part.first_column, out: part.rows }.run(isa);
+    });
+    let inner = Rows::new(inner, inter);
     let outer = &mut dispatch.outer[..pairs * hidden];
-    region.down(active, Rows::new(inner, inter), RowsMut::new(outer, hidden));
+    let cut = columns(down_work, hidden, if example.down_transposed { matmul::MIN_COLUMNS } else { BLOCK });
+    for_each_part(Cut::new(RowsMut::new(outer, hidden), Bands::At(firsts), cut), &|part| {
+        let x = Input::all(inner.slice(part.first_row, part.rows.count()));
+        down_part(isa, x, &ffn(part.band), part.first_column, part.rows);
+    });
     let combine =
         Combine { outer, places: &dispatch.places[..pairs], weights: routed.weights, top_k, hidden };
-    combine.run(isa, 0, RowsMut::new(out, hidden));
-}
-
-/// What both regions need.
-struct Region<'a, 'w> {
-    isa: Isa,
-    lookup: &'a (dyn Fn(u32) -> ExpertFfn<'w> + Sync),
-    hidden: usize,
-    inter: usize,
-    /// Multiply-adds of a piece of gate and up, and of down.
-    grains: (usize, usize),
-}
-
-impl Region<'_, '_> {
-    fn ffn(&self, expert: u32) -> ExpertFfn<'_> {
-        let ffn = (self.lookup)(expert);
-        ffn.check();
-        assert_eq!((ffn.hidden(), ffn.inter()), (self.hidden, self.inter), "shape of expert {expert}");
-        ffn
-    }
-
-    /// `out` holds the rows of `active`, `tokens` their tokens.
-    fn gate_up(&self, active: &[Active], x: Rows<'_>, tokens: &[u32], out: RowsMut<'_>) {
-        if let [one] = active {
-            let x = Input { x, picks: Some(tokens) };
-            return activated(
-                self.isa,
-                self.grains.0,
-                GateUpProduct { x, ffn: self.ffn(one.expert), first: 0, out },
-            );
-        }
-        let (left, right) = active.split_at(active.len() / 2);
-        let at = (right[0].first - left[0].first) as usize;
-        let (out_left, out_right) = out.split_rows(at);
-        let (tokens_left, tokens_right) = tokens.split_at(at);
-        join(
-            self.small(tokens.len(), 2, self.grains.0),
-            || self.gate_up(left, x, tokens_left, out_left),
-            || self.gate_up(right, x, tokens_right, out_right),
-        );
-    }
-
-    /// `x` and `out` hold the rows of `active`.
-    fn down(&self, active: &[Active], x: Rows<'_>, out: RowsMut<'_>) {
-        if let [one] = active {
-            return down_product(self.isa, self.grains.1, &self.ffn(one.expert), Input::all(x), out);
-        }
-        let (left, right) = active.split_at(active.len() / 2);
-        let at = (right[0].first - left[0].first) as usize;
-        let (out_left, out_right) = out.split_rows(at);
-        let (x_left, x_right) = (x.slice(0, at), x.slice(at, x.count() - at));
-        join(
-            self.small(x.count(), 1, self.grains.1),
-            || self.down(left, x_left, out_left),
-            || self.down(right, x_right, out_right),
-        );
-    }
-
-    fn small(&self, pairs: usize, projections: usize, grain: usize) -> bool {
-        pairs * projections * self.hidden * self.inter <= grain
-    }
-}
-
-/// Both, at once unless `serial`.
-fn join(serial: bool, a: impl FnOnce() + Send, b: impl FnOnce() + Send) {
-    if serial {
-        a();
-        b();
-    } else {
-        rayon::join(a, b);
-    }
+    combine.run(isa, RowsMut::new(out, hidden));
 }
 
 /// Values below which combining stays on its thread.
@@ -252,17 +202,14 @@ struct Combine<'a> {
 }
 
 impl Combine<'_> {
-    /// Tokens from `first` on, one per row of `out`.
-    fn run(&self, isa: Isa, first: usize, mut out: RowsMut<'_>) {
-        let count = out.count();
-        if count >= 2 && count * self.top_k * self.hidden >= SMALL {
-            let (top, bottom) = out.split_rows(count / 2);
-            rayon::join(|| self.run(isa, first, top), || self.run(isa, first + count / 2, bottom));
-            return;
-        }
-        for t in 0..count {
-            isa.run(CombineToken { combine: self, token: first + t, out: out.row(t) });
-        }
+    /// One token per row of `out`.
+    fn run(&self, isa: Isa, out: RowsMut<'_>) {
+        let tokens = (SMALL / (self.top_k * self.hidden)).max(1);
+        for_each_part(Cut::new(out, Bands::Every(tokens), self.hidden), &|mut part| {
+            for t in 0..part.rows.count() {
+                isa.run(CombineToken { combine: self, token: part.first_row + t, out: part.rows.row(t) });
+            }
+        });
     }
 }
 

@@ -27,10 +27,8 @@ impl GateUpProduct<'_> {
     pub(super) fn run(mut self, isa: Isa) {
         for column in (0..self.out.width()).step_by(BLOCK) {
             let width = BLOCK.min(self.out.width() - column);
-            let mut rest = self.x;
             for t in (0..self.x.count()).step_by(TOKENS) {
-                let (x, after) = rest.split(TOKENS.min(rest.count()));
-                rest = after;
+                let x = self.x.slice(t, TOKENS.min(self.x.count() - t));
                 self.block(isa, x, t, column, width);
             }
         }

@@ -42,16 +42,11 @@ impl<'a> Input<'a> {
         self.x.row(self.picks.map_or(t, |picks| picks[t] as usize))
     }
 
-    pub(crate) fn split(&self, at: usize) -> (Self, Self) {
+    /// Rows `start .. start + count`.
+    pub(crate) fn slice(&self, start: usize, count: usize) -> Self {
         match self.picks {
-            Some(picks) => {
-                let (first, second) = picks.split_at(at);
-                (Self { picks: Some(first), ..*self }, Self { picks: Some(second), ..*self })
-            }
-            None => {
-                let (first, second) = (self.x.slice(0, at), self.x.slice(at, self.x.count() - at));
-                (Self::all(first), Self::all(second))
-            }
+            Some(picks) => Self { picks: Some(&picks[start..][..count]), ..*self },
+            None => Self::all(self.x.slice(start, count)),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The `cpu` runner: our kernels over the mapped bytes, with a paged cache.
 //!
 //! Everything it needs is allocated when it is made; a forward pass allocates nothing. Work is
-//! spread over the rayon pool it is called in. Latent attention is computed in absorbed form for
+//! spread over the rayon pool it is called in, whose threads are held for the whole pass. Latent attention is computed in absorbed form for
 //! prompts and decoding alike: one form for every token is what makes a prompt give the same bits
 //! whole or in chunks.
 
@@ -17,6 +17,7 @@ use kernels::norm::rms_norm;
 use kernels::rope::fill_cos_sin;
 use kernels::rows::add;
 use kernels::simd::Isa;
+use kernels::team::hold;
 
 use crate::Model;
 use crate::batch::Batch;
@@ -80,11 +81,19 @@ impl Runner for CpuRunner {
 
     fn forward(&mut self, batch: &Batch, probe: &mut dyn Probe, logits: &mut [f32]) -> Result<()> {
         batch.check(&self.capacity, self.model.config.vocab, logits.len())?;
+        hold(|| self.step(batch, probe, logits));
+        Ok(())
+    }
+}
+
+impl CpuRunner {
+    /// [`Runner::forward`] of a batch that was checked.
+    fn step(&mut self, batch: &Batch, probe: &mut dyn Probe, logits: &mut [f32]) {
         let Self { model, isa, caches, rotations, scratch, .. } = self;
         let (config, weights, isa) = (&model.config, &model.weights, *isa);
         let (tokens, hidden) = (batch.tokens.len(), config.hidden);
         if tokens == 0 {
-            return Ok(());
+            return;
         }
         rotations.fill(&batch.positions);
         let Scratch { stream, normed, output, attention, ffn, last } = scratch;
@@ -115,7 +124,7 @@ impl Runner for CpuRunner {
         }
 
         if batch.logit_rows.is_empty() {
-            return Ok(());
+            return;
         }
         let last = &mut last[..batch.logit_rows.len() * hidden];
         for (row, &token) in last.chunks_exact_mut(hidden).zip(&batch.logit_rows) {
@@ -125,7 +134,6 @@ impl Runner for CpuRunner {
         rms_norm(isa, last, Some(&weights.final_norm), config.norm_epsilon, hidden, normed);
         report(probe, config.layers.len() - 1, Point::FinalNorm, normed);
         matmul(isa, normed, &weights.head.view(), None, logits);
-        Ok(())
     }
 }
 
