@@ -146,8 +146,9 @@ def measure(args):
     if not prefill:
         ids = draw(sequences * past)
         step([(ids[s * past + p], p, s, p == past - 1) for s in range(sequences) for p in range(past)])
-    seconds = []
+    seconds, busy = [], []
     for run in range(steps):
+        cpu = time.process_time()
         ids = draw(count)
         if prefill:
             lib.llama_memory_clear(lib.llama_get_memory(ctx), False)
@@ -155,9 +156,10 @@ def measure(args):
             seconds.append(step([(id, p, 0, args.all_logits or p == last) for p, id in enumerate(ids)]))
         else:
             seconds.append(step([(id, past + run, s, True) for s, id in enumerate(ids)]))
+        busy.append(time.process_time() - cpu)
     logits = lib.llama_get_logits_ith(ctx, -1)
     finite = all(abs(logits[i]) < 1e4 for i in range(vocab))
-    seconds = seconds[args.warmup :]
+    seconds, busy = seconds[args.warmup :], busy[args.warmup :]
     median = statistics.median(seconds)
     setting = [f"repack={args.repack}", f"mmap={args.mmap}", f"flash={args.flash}"]
     setting += [f"ubatch={args.ubatch}"] if prefill else []
@@ -173,6 +175,8 @@ def measure(args):
         "peer": "llama.cpp",
         "peer_version": lib.__version__,
         "setting": " ".join(setting + (["all-logits"] if args.all_logits else [])),
+        # Well below 1 where other programs took the cores: such a row is to be thrown away.
+        "cpu_share": sum(busy) / sum(seconds) / args.threads,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "logits_finite": finite,
     }

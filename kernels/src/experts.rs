@@ -14,7 +14,8 @@ pub use dispatch::{Dispatch, DispatchLimits, Routed, run_experts};
 
 use crate::format::Matrix;
 use crate::matmul::transposed::Transposed;
-use crate::matmul::{self, Input, tile::Product};
+use crate::matmul::{self, Input, Operand};
+use crate::quantised::{Activations, PANEL};
 use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::Isa;
 use gate_up::GateUpProduct;
@@ -85,6 +86,14 @@ impl ExpertFfn<'_> {
         }
     }
 
+    /// A weight that x is multiplied with.
+    fn first(&self) -> &Matrix<'_> {
+        match &self.gate_up {
+            GateUp::Separate { gate, .. } => gate,
+            GateUp::Interleaved(w) | GateUp::InterleavedTransposed(w) => w,
+        }
+    }
+
     fn check(&self) {
         let (hidden, inter) = (self.hidden(), self.inter());
         if let GateUp::Separate { gate, up } = self.gate_up {
@@ -112,49 +121,50 @@ pub fn ffn_scratch_len(tokens: usize, inter: usize) -> usize {
 }
 
 /// A dense or shared feed-forward over all rows: x and out are `[tokens, hidden]`; scratch as
-/// [`ffn_scratch_len`] says.
+/// [`ffn_scratch_len`] says. With `activations`, of room for x and for `[tokens, inter]`, weights of 4 or 8 bits are
+/// multiplied in integers.
 ///
 /// # Panics
 /// If shapes differ.
-pub fn ffn(isa: Isa, x: &[f32], ffn: &ExpertFfn<'_>, scratch: &mut [f32], out: &mut [f32]) {
+pub fn ffn(
+    isa: Isa,
+    x: &[f32],
+    ffn: &ExpertFfn<'_>,
+    mut activations: Option<&mut Activations>,
+    scratch: &mut [f32],
+    out: &mut [f32],
+) {
     ffn.check();
     let x = Rows::new(x, ffn.hidden());
     let out = RowsMut::new(out, ffn.hidden());
     assert_eq!(x.count(), out.count(), "rows in and out");
-    let inner = &mut scratch[..ffn_scratch_len(x.count(), ffn.inter())];
-    activated(isa, Input::all(x), ffn, RowsMut::new(inner, ffn.inter()));
-    down_product(isa, Input::all(Rows::new(inner, ffn.inter())), ffn, out);
-}
-
-/// Gate, up and activation on all threads.
-fn activated(isa: Isa, x: Input<'_>, ffn: &ExpertFfn<'_>, out: RowsMut<'_>) {
-    let shape = (x.count(), ffn.inter());
-    if shape.0 == 0 {
+    let (count, inter) = (x.count(), ffn.inter());
+    if count == 0 {
         return;
     }
-    let (rows, columns) = matmul::pieces(ffn.work().0 * x.count(), shape, (64, gate_up::BLOCK));
-    for_each_part(Cut::new(out, Bands::Every(rows), columns), &|part| {
+    let inner = &mut scratch[..ffn_scratch_len(count, inter)];
+    let x = Operand::packed_for(isa, Input::all(x), ffn.first(), activations.as_deref_mut());
+    let (rows, columns) = matmul::pieces(ffn.work().0 * count, (count, inter), (PANEL, gate_up::BLOCK));
+    let cut = Cut::new(RowsMut::new(inner, inter), Bands::Every(rows.next_multiple_of(PANEL)), columns);
+    for_each_part(cut, &|part| {
         let x = x.slice(part.first_row, part.rows.count());
         GateUpProduct { x, ffn: *ffn, first: part.first_column, out: part.rows }.run(isa);
     });
-}
-
-/// The down projection of activated rows on all threads.
-fn down_product(isa: Isa, x: Input<'_>, ffn: &ExpertFfn<'_>, out: RowsMut<'_>) {
+    let inner = Input::all(Rows::new(inner, inter));
     let (w, bias) = (ffn.down, ffn.down_bias);
     if ffn.down_transposed {
-        matmul::transposed(isa, Transposed { x, w, first: 0, bias, out });
+        matmul::transposed(isa, Transposed { x: inner, w, first: 0, bias, out });
     } else {
-        matmul::product(isa, Product { x, w, bias, out });
+        matmul::product(isa, Operand::packed_for(isa, inner, &w, activations), &w, bias, out);
     }
 }
 
 /// Columns of the down projection from `first` on, on this thread.
-fn down_part(isa: Isa, x: Input<'_>, ffn: &ExpertFfn<'_>, first: usize, out: RowsMut<'_>) {
+fn down_part(isa: Isa, x: Operand<'_>, ffn: &ExpertFfn<'_>, first: usize, out: RowsMut<'_>) {
     let bias = ffn.down_bias.map(|bias| &bias[first..][..out.width()]);
     if ffn.down_transposed {
-        isa.run(Transposed { x, w: ffn.down, first, bias, out });
+        isa.run(Transposed { x: x.rows, w: ffn.down, first, bias, out });
     } else {
-        isa.run(Product { x, w: ffn.down.slice(first, out.width()), bias, out });
+        matmul::product_serial(isa, x, ffn.down.slice(first, out.width()), bias, out);
     }
 }

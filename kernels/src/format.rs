@@ -39,6 +39,14 @@ pub enum Values<'a> {
         /// One byte per group, `[rows, cols/32]`.
         scales: &'a [u8],
     },
+    /// Bytes (`q + 128`) times a bf16 scale per 32 columns of a row: no published format, but what the
+    /// option for 8-bit copies of float weights makes ([`crate::quantised::to_q8`]).
+    Q8 {
+        /// `[rows, cols]`.
+        codes: &'a [u8],
+        /// bf16 `[rows, cols/32]`.
+        scales: &'a [u8],
+    },
 }
 
 /// A borrowed matrix of `rows` rows, each of `cols` values, that begins at row `first_row` of the

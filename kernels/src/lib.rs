@@ -15,6 +15,7 @@ pub mod experts;
 pub mod format;
 pub mod matmul;
 pub mod norm;
+pub mod quantised;
 pub mod reference;
 pub mod rope;
 pub mod route;

@@ -1,6 +1,9 @@
 //! Products with a weight as it is stored: `matmul` where it is `[out, in]`, as nearly all are, and
 //! `matmul_transposed` where it is `[in, out]`.
 //!
+//! With [`Activations`], weights of 4 or 8 bits are multiplied in integers ([`crate::quantised`]); without, and all
+//! others, in f32, exactly dequantised.
+//!
 //! Work is cut over output columns, and over rows of x where there are many; neither changes a bit of
 //! the result. Small products stay on their thread.
 
@@ -9,6 +12,7 @@ pub(crate) mod tile;
 pub(crate) mod transposed;
 
 use crate::format::Matrix;
+use crate::quantised::{self, Activations, PANEL, PackedRows};
 use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES};
 use crate::team;
@@ -37,7 +41,24 @@ pub fn matmul(isa: Isa, x: &[f32], w: &Matrix<'_>, bias: Option<&[f32]>, out: &m
 /// [`matmul`] of strided rows.
 pub fn matmul_rows(isa: Isa, x: Rows<'_>, w: &Matrix<'_>, bias: Option<&[f32]>, out: RowsMut<'_>) {
     check((x.count(), x.width()), (w.cols, w.rows), bias, &out);
-    product(isa, Product { x: Input::all(x), w: *w, bias, out });
+    product(isa, Operand::float(Input::all(x)), w, bias, out);
+}
+
+/// [`matmul_rows`], in integers where there are `activations` and `w` is of 4 or 8 bits.
+///
+/// # Panics
+/// Also if `activations` has no room for x.
+pub fn matmul_with(
+    isa: Isa,
+    activations: Option<&mut Activations>,
+    x: Rows<'_>,
+    w: &Matrix<'_>,
+    bias: Option<&[f32]>,
+    out: RowsMut<'_>,
+) {
+    check((x.count(), x.width()), (w.cols, w.rows), bias, &out);
+    let x = Operand::packed_for(isa, Input::all(x), w, activations);
+    product(isa, x, w, bias, out);
 }
 
 /// [`matmul_rows`] on the calling thread alone.
@@ -165,22 +186,74 @@ pub(crate) fn pieces(
     (rows.div_ceil(down), columns.div_ceil(across).next_multiple_of(least))
 }
 
+/// What a weight is multiplied with: rows of f32, and perhaps the same rows packed.
+#[derive(Clone, Copy)]
+pub(crate) struct Operand<'a> {
+    pub(crate) rows: Input<'a>,
+    packed: Option<PackedRows<'a>>,
+}
+
+impl<'a> Operand<'a> {
+    pub(crate) fn float(rows: Input<'a>) -> Self {
+        Self { rows, packed: None }
+    }
+
+    pub(crate) fn new(rows: Input<'a>, packed: Option<PackedRows<'a>>) -> Self {
+        Self { rows, packed }
+    }
+
+    /// Packs the rows if `w` is of few bits and there are `activations`.
+    pub(crate) fn packed_for(
+        isa: Isa,
+        rows: Input<'a>,
+        w: &Matrix<'_>,
+        activations: Option<&'a mut Activations>,
+    ) -> Self {
+        let bands = Bands::Every(PANEL);
+        Self { rows, packed: activations.and_then(|room| room.pack(isa, rows, w, bands)) }
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.rows.count()
+    }
+
+    /// Rows `start .. start + count`; `start` is a multiple of [`PANEL`].
+    pub(crate) fn slice(&self, start: usize, count: usize) -> Self {
+        Self { rows: self.rows.slice(start, count), packed: self.packed.map(|packed| packed.from_row(start)) }
+    }
+}
+
+/// A product on this thread.
+pub(crate) fn product_serial(
+    isa: Isa,
+    x: Operand<'_>,
+    w: Matrix<'_>,
+    bias: Option<&[f32]>,
+    mut out: RowsMut<'_>,
+) {
+    let Some(packed) = x.packed.filter(|_| quantised::is_quantised(&w)) else {
+        return isa.run(Product { x: x.rows, w, bias, out });
+    };
+    for t in (0..out.count()).step_by(PANEL) {
+        let rows = PANEL.min(out.count() - t);
+        let x = packed.from_row(t).panel(rows);
+        isa.run_dots(quantised::Product { w, x, bias, out: out.reborrow().slice(t, rows) });
+    }
+}
+
 /// A product on all threads.
-pub(crate) fn product(isa: Isa, p: Product<'_>) {
-    let (tokens, width) = (p.x.count(), p.w.rows);
+pub(crate) fn product(isa: Isa, x: Operand<'_>, w: &Matrix<'_>, bias: Option<&[f32]>, out: RowsMut<'_>) {
+    let (tokens, width) = (x.count(), w.rows);
     if tokens * width == 0 {
         return;
     }
-    let (rows, columns) = pieces(tokens * width * p.w.cols, (tokens, width), (MANY_TOKENS, LANES));
-    let Product { x, w, bias, out } = p;
-    for_each_part(Cut::new(out, Bands::Every(rows), columns), &|part| {
+    let (rows, columns) = pieces(tokens * width * w.cols, (tokens, width), (PANEL, LANES));
+    let cut = Cut::new(out, Bands::Every(rows.next_multiple_of(PANEL)), columns);
+    for_each_part(cut, &|part| {
         let (first, count) = (part.first_column, part.rows.width());
-        isa.run(Product {
-            x: x.slice(part.first_row, part.rows.count()),
-            w: w.slice(first, count),
-            bias: bias.map(|bias| &bias[first..][..count]),
-            out: part.rows,
-        });
+        let x = x.slice(part.first_row, part.rows.count());
+        let bias = bias.map(|bias| &bias[first..][..count]);
+        product_serial(isa, x, w.slice(first, count), bias, part.rows);
     });
 }
 

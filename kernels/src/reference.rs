@@ -31,6 +31,11 @@ pub fn value(w: &Matrix<'_>, row: usize, col: usize) -> f32 {
             let scale = bf16::from_le_bytes([scales[2 * group], scales[2 * group + 1]]).to_f32();
             (f32::from(nibble(packed)) - 8.0) * scale
         }
+        Values::Q8 { codes, scales } => {
+            let group = at / GROUP;
+            let scale = bf16::from_le_bytes([scales[2 * group], scales[2 * group + 1]]).to_f32();
+            (f32::from(codes[at]) - 128.0) * scale
+        }
         Values::Mxfp4 { blocks, scales } => e2m1(nibble(blocks)) * e8m0(scales[at / GROUP]),
     }
 }

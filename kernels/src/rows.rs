@@ -130,6 +130,16 @@ impl<'a, T> RowsMut<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(index * self.stride), self.width) }
     }
 
+    /// All values of rows without gaps.
+    ///
+    /// # Panics
+    /// If there are gaps.
+    pub(crate) fn into_slice(self) -> &'a mut [T] {
+        assert!(self.count < 2 || self.width == self.stride, "rows with gaps");
+        // SAFETY: as in `row`; rows without gaps are one range, and `self` is gone.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.count * self.width) }
+    }
+
     /// The same rows, borrowed for a shorter time.
     pub fn reborrow(&mut self) -> RowsMut<'_, T> {
         RowsMut { borrow: PhantomData, ..*self }

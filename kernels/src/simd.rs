@@ -20,6 +20,7 @@
 //! An operation is written once as `Work`, over the 32 lanes of `Lanes`; [`Isa`] instantiates it per
 //! instruction set inside one function that enables the features. All of it is inlined there.
 
+pub(crate) mod dots;
 mod math;
 mod portable;
 
@@ -44,17 +45,19 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 with VNNI: integer products in one instruction instead of two or three.
+    Avx512Vnni,
 }
 
 impl Isa {
     /// The best that this processor has.
     pub fn detect() -> Self {
-        [Self::Avx512, Self::Avx2].into_iter().find(|isa| isa.present()).unwrap_or(Self::Portable)
+        [Self::Avx512Vnni, Self::Avx512, Self::Avx2].into_iter().find(|isa| isa.present()).unwrap_or(Self::Portable)
     }
 
     /// All that this processor has, plainest first.
     pub fn available() -> Vec<Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|isa| isa.present()).collect()
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni].into_iter().filter(|isa| isa.present()).collect()
     }
 
     fn present(self) -> bool {
@@ -64,6 +67,8 @@ impl Isa {
             Self::Avx2 => avx2::Avx2::new().is_some(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::Avx512::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => dots::vnni_present(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -80,7 +85,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::Avx2::new().expect("this processor has no AVX2").enter(work),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => avx512::Avx512::new().expect("this processor has no AVX-512").enter(work),
+            Self::Avx512 | Self::Avx512Vnni => {
+                avx512::Avx512::new().expect("this processor has no AVX-512").enter(work)
+            }
             #[cfg(not(target_arch = "x86_64"))]
             _ => panic!("{self:?} is not of this processor family"),
         }
@@ -144,4 +151,9 @@ pub(crate) trait Lanes: Copy {
     fn int4(self, x: &[u8; 16]) -> Self::V;
     /// 32 e2m1 nibbles, low first.
     fn e2m1(self, x: &[u8; 16]) -> Self::V;
+    /// 32 bytes, each minus 128.
+    fn q8(self, x: &[u8; 32]) -> Self::V {
+        let values = x.map(|code| f32::from(code) - 128.0);
+        self.load(&values)
+    }
 }

@@ -2,7 +2,8 @@
 
 use super::gate_up::{BLOCK, GateUpProduct};
 use super::{ExpertFfn, down_part};
-use crate::matmul::{self, Input};
+use crate::matmul::{self, Input, Operand};
+use crate::quantised::{Activations, Precision, is_quantised};
 use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES, Lanes, Work};
 
@@ -19,14 +20,17 @@ pub struct DispatchLimits {
     pub hidden: usize,
     /// Greatest width between an expert's projections.
     pub inter: usize,
+    /// With which weights of 4 or 8 bits are multiplied in integers.
+    pub precision: Option<Precision>,
 }
 
 impl DispatchLimits {
     /// Bytes a [`Dispatch`] allocates: with P = tokens * top_k pairs, 4 P (hidden + inter) for outputs and
-    /// activated rows, 12 P for the lists and 12 per expert and 4.
+    /// activated rows, 12 P for the lists, 12 per expert and 4; and packed activations.
     pub fn bytes(&self) -> usize {
         let pairs = self.tokens * self.top_k;
-        4 * pairs * (self.hidden + self.inter) + 12 * pairs + 12 * self.experts + 4
+        let packed = self.precision.map(|p| Activations::bytes(p, pairs, self.hidden.max(self.inter)));
+        4 * pairs * (self.hidden + self.inter) + 12 * pairs + 12 * self.experts + 4 + packed.unwrap_or(0)
     }
 }
 
@@ -48,6 +52,8 @@ pub struct Dispatch {
     inner: Vec<f32>,
     /// Output rows, grouped. `[pairs, hidden]`
     outer: Vec<f32>,
+    /// Packed rows of x of every pair, then packed activated rows.
+    activations: Option<Activations>,
 }
 
 impl Dispatch {
@@ -64,6 +70,7 @@ impl Dispatch {
             places: vec![0; pairs],
             inner: vec![0.0; pairs * limits.inter],
             outer: vec![0.0; pairs * limits.hidden],
+            activations: limits.precision.map(|p| Activations::new(p, pairs, limits.hidden.max(limits.inter))),
         }
     }
 
@@ -162,26 +169,39 @@ fn run_some<'w>(
         ffn
     };
     let columns = |work: usize, width: usize, least: usize| {
-        matmul::pieces(work * pairs, (1, active.len() * width.next_multiple_of(least)), (1, least))
-            .1
-            .min(width)
+        matmul::pieces(work * pairs, (1, active.len() * width.next_multiple_of(least)), (1, least)).1.min(width)
     };
     let (gate_up_work, down_work) = example.work();
+    let mut activations = dispatch.activations.as_mut();
+    // Which expert is the first must not matter: packed if any wants it, used by those that do.
+    let packing = |weight: fn(&ExpertFfn<'_>) -> bool| (0..active.len()).map(ffn).find(weight);
 
     let x = Rows::new(routed.x, hidden);
     let tokens = &dispatch.tokens[..pairs];
     let inner = &mut dispatch.inner[..pairs * inter];
     let cut = columns(gate_up_work, inter, BLOCK);
-    for_each_part(Cut::new(RowsMut::new(inner, inter), Bands::At(firsts), cut), &|part| {
-        let picks = &tokens[part.first_row..][..part.rows.count()];
+    // All experts of a single token take the same row.
+    let one = [0];
+    let (picks, bands): (&[u32], _) = if x.count() == 1 { (&one, Bands::Every(1)) } else { (tokens, Bands::At(firsts)) };
+    let packed = packing(|ffn| is_quantised(ffn.first())).and_then(|example| {
         let x = Input { x, picks: Some(picks) };
+        activations.as_deref_mut()?.pack(isa, x, example.first(), bands)
+    });
+    for_each_part(Cut::new(RowsMut::new(inner, inter), Bands::At(firsts), cut), &|part| {
+        let (first, count) = (part.first_row, part.rows.count());
+        let x = Input { x, picks: Some(&tokens[first..][..count]) };
+        let packed = packed.map(|packed| packed.from_row(if picks.len() == 1 { 0 } else { first }));
+        let x = Operand::new(x, packed);
         GateUpProduct { x, ffn: ffn(part.band), first: part.first_column, out: part.rows }.run(isa);
     });
     let inner = Rows::new(inner, inter);
     let outer = &mut dispatch.outer[..pairs * hidden];
     let cut = columns(down_work, hidden, if example.down_transposed { matmul::MIN_COLUMNS } else { BLOCK });
+    let packed = packing(|ffn| is_quantised(&ffn.down) && !ffn.down_transposed)
+        .and_then(|example| activations?.pack(isa, Input::all(inner), &example.down, Bands::At(firsts)));
     for_each_part(Cut::new(RowsMut::new(outer, hidden), Bands::At(firsts), cut), &|part| {
-        let x = Input::all(inner.slice(part.first_row, part.rows.count()));
+        let rows = Input::all(inner.slice(part.first_row, part.rows.count()));
+        let x = Operand::new(rows, packed.map(|packed| packed.from_row(part.first_row)));
         down_part(isa, x, &ffn(part.band), part.first_column, part.rows);
     });
     let combine =

@@ -3,18 +3,19 @@
 use super::{Activation, ExpertFfn, GateUp};
 use crate::format::Matrix;
 use crate::matmul::transposed::Transposed;
-use crate::matmul::{Input, tile::Product};
+use crate::matmul::{Operand, product_serial};
+use crate::quantised::PANEL;
 use crate::rows::RowsMut;
 use crate::simd::{Isa, LANES, Lanes, Work, exp, silu};
 
 /// Columns activated at a time; cuts are multiples of it.
 pub(super) const BLOCK: usize = 4 * LANES;
-/// Rows of x at a time: gate and up of a block are 32 KiB of stack, and as much again interleaved.
-const TOKENS: usize = 32;
+/// Rows of x at a time: gate and up of a block are 64 KiB of stack, and as much again interleaved.
+const TOKENS: usize = PANEL;
 
 /// `out[t, j]` = the activation of gate and up `first + j` of `x[t]`.
 pub(super) struct GateUpProduct<'a> {
-    pub(super) x: Input<'a>,
+    pub(super) x: Operand<'a>,
     pub(super) ffn: ExpertFfn<'a>,
     /// First column, a multiple of [`BLOCK`].
     pub(super) first: usize,
@@ -35,12 +36,12 @@ impl GateUpProduct<'_> {
     }
 
     /// Rows `token ..` of `out` for the rows of `x`; columns `column .. column + width` of `out`.
-    fn block(&mut self, isa: Isa, x: Input<'_>, token: usize, column: usize, width: usize) {
+    fn block(&mut self, isa: Isa, x: Operand<'_>, token: usize, column: usize, width: usize) {
         let (mut gate, mut up) = ([0.0; BLOCK * TOKENS], [0.0; BLOCK * TOKENS]);
         let (gate, up) = (&mut gate[..x.count() * width], &mut up[..x.count() * width]);
         let first = self.first + column;
         let part = |w: Matrix<'_>, from: usize, rows: usize, out: &mut [f32]| {
-            isa.run(Product { x, w: w.slice(from, rows), bias: None, out: RowsMut::new(out, rows) });
+            product_serial(isa, x, w.slice(from, rows), None, RowsMut::new(out, rows));
         };
         match self.ffn.gate_up {
             GateUp::Separate { gate: gate_weight, up: up_weight } => {
@@ -57,7 +58,7 @@ impl GateUpProduct<'_> {
                 let mut pairs = [0.0; 2 * BLOCK * TOKENS];
                 let pairs = &mut pairs[..x.count() * 2 * width];
                 let out = RowsMut::new(pairs, 2 * width);
-                isa.run(Transposed { x, w, first: 2 * first, bias: None, out });
+                isa.run(Transposed { x: x.rows, w, first: 2 * first, bias: None, out });
                 part_pairs(pairs, gate, up);
             }
         }

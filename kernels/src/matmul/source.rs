@@ -47,6 +47,10 @@ macro_rules! with_source {
                 let $source = $crate::matmul::source::Mxfp4::of(&$matrix);
                 $body
             }
+            Values::Q8 { .. } => {
+                let $source = $crate::matmul::source::Q8::of(&$matrix);
+                $body
+            }
         }
     };
 }
@@ -166,12 +170,12 @@ impl Row for Fp8Row<'_> {
     }
 }
 
-/// A format of nibbles with a scale per 32 columns: no row has a tail.
-macro_rules! nibble_source {
-    ($name:ident, $row:ident, $codes:ident, $scale_bytes:literal, $lanes:ident, $scale:path) => {
+/// A format of codes with a scale per 32 columns: no row has a tail.
+macro_rules! group_source {
+    ($name:ident, $row:ident, $codes:ident, $bytes:literal, $scale_bytes:literal, $lanes:ident, $scale:path) => {
         #[derive(Clone, Copy)]
         pub(crate) struct $name<'a> {
-            codes: &'a [[u8; GROUP / 2]],
+            codes: &'a [[u8; $bytes]],
             scales: &'a [[u8; $scale_bytes]],
             groups: usize,
         }
@@ -184,7 +188,7 @@ macro_rules! nibble_source {
                 assert!(w.cols.is_multiple_of(GROUP), "{} columns are not whole groups of {GROUP}", w.cols);
                 let groups = w.cols / GROUP;
                 Self {
-                    codes: part(codes, w.first_row, w.rows, groups * GROUP / 2).as_chunks().0,
+                    codes: part(codes, w.first_row, w.rows, groups * $bytes).as_chunks().0,
                     scales: part(scales, w.first_row, w.rows, groups * $scale_bytes).as_chunks().0,
                     groups,
                 }
@@ -204,7 +208,7 @@ macro_rules! nibble_source {
 
         #[derive(Clone, Copy)]
         pub(crate) struct $row<'a> {
-            codes: &'a [[u8; GROUP / 2]],
+            codes: &'a [[u8; $bytes]],
             scales: &'a [[u8; $scale_bytes]],
         }
 
@@ -221,8 +225,9 @@ macro_rules! nibble_source {
     };
 }
 
-nibble_source!(Int4, Int4Row, packed, 2, int4, bf16_scale);
-nibble_source!(Mxfp4, Mxfp4Row, blocks, 1, e2m1, e8m0_scale);
+group_source!(Int4, Int4Row, packed, 16, 2, int4, bf16_scale);
+group_source!(Mxfp4, Mxfp4Row, blocks, 16, 1, e2m1, e8m0_scale);
+group_source!(Q8, Q8Row, codes, 32, 2, q8, bf16_scale);
 
 #[inline(always)]
 fn bf16_scale(bytes: [u8; 2]) -> f32 {

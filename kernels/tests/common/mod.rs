@@ -37,6 +37,7 @@ pub enum Format {
     Fp8,
     Int4,
     Mxfp4,
+    Q8,
 }
 
 pub const FORMATS: [Format; 6] =
@@ -91,6 +92,11 @@ impl Weight {
                 values.extend((0..n / 2).map(|_| random.next() as u8));
                 scales.extend((0..n / 32).map(|_| 120 + random.below(8) as u8));
             }
+            Format::Q8 => {
+                assert_eq!(cols % 32, 0);
+                values.extend((0..n).map(|_| (random.next() as u8).max(1)));
+                (0..n / 32).for_each(|_| scales.extend(bf16(random.value() * 0.01)));
+            }
         }
         Self { format, values, scales, rows, cols }
     }
@@ -104,6 +110,7 @@ impl Weight {
             Format::Fp8 => Values::Fp8 { values, scales },
             Format::Int4 => Values::Int4 { packed: values, scales },
             Format::Mxfp4 => Values::Mxfp4 { blocks: values, scales },
+            Format::Q8 => Values::Q8 { codes: values, scales },
         };
         Matrix::new(values, self.rows, self.cols)
     }

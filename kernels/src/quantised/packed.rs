@@ -1,0 +1,229 @@
+//! Activations in whole numbers.
+
+use super::codes::{Code, Int4, Mxfp4, Q8, order};
+use crate::format::{GROUP, Matrix, Values};
+use crate::matmul::Input;
+use crate::rows::{Bands, Cut, RowsMut, for_each_part};
+use crate::simd::{Isa, LANES, Lanes, Work};
+
+/// Rows of x that are multiplied with weights expanded once.
+pub(crate) const PANEL: usize = 64;
+
+/// Bits of an activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// 16.
+    Int16,
+    /// 8.
+    Int8,
+}
+
+impl Precision {
+    /// Dwords of one group of values.
+    pub(crate) const fn values(self) -> usize {
+        match self {
+            Self::Int16 => 16,
+            Self::Int8 => 8,
+        }
+    }
+
+    /// Dwords of one packed group: its values, the start of its sums, its scale.
+    pub(crate) const fn group(self) -> usize {
+        self.values() + 2
+    }
+
+    const fn limit(self) -> f32 {
+        match self {
+            Self::Int16 => 32767.0,
+            Self::Int8 => 127.0,
+        }
+    }
+}
+
+/// How activations must be packed for weights of one format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Packing {
+    precision: Precision,
+    /// Whether codes are nibbles.
+    nibbles: bool,
+    offset: i32,
+}
+
+impl Packing {
+    /// None for weights of floats.
+    pub(crate) fn of(w: &Matrix<'_>, precision: Precision) -> Option<Self> {
+        let (nibbles, offset) = match w.values {
+            Values::Int4 { .. } => (true, Int4::OFFSET),
+            Values::Mxfp4 { .. } => (true, Mxfp4::OFFSET),
+            Values::Q8 { .. } => (false, Q8::OFFSET),
+            _ => return None,
+        };
+        Some(Self { precision, nibbles, offset })
+    }
+
+    /// Dwords of one row of `columns`.
+    pub(crate) fn row(self, columns: usize) -> usize {
+        columns / GROUP * self.precision.group()
+    }
+}
+
+/// Dwords that `rows` packed rows of `columns` take at most.
+fn packed_len(precision: Precision, rows: usize, columns: usize) -> usize {
+    rows * columns.div_ceil(GROUP) * precision.group()
+}
+
+/// Room for the packed rows of one product, allocated once.
+#[derive(Debug)]
+pub struct Activations {
+    precision: Precision,
+    data: Vec<u32>,
+}
+
+impl Activations {
+    /// Room for `rows` rows of up to `columns`; see [`Activations::bytes`].
+    pub fn new(precision: Precision, rows: usize, columns: usize) -> Self {
+        Self { precision, data: vec![0; packed_len(precision, rows, columns)] }
+    }
+
+    /// Bytes that [`Activations::new`] allocates: 72 (or 40) for 32 values.
+    pub fn bytes(precision: Precision, rows: usize, columns: usize) -> usize {
+        4 * packed_len(precision, rows, columns)
+    }
+
+    /// Bits of an activation.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Packs `x` for products with weights like `w`; none if they are of floats.
+    pub(crate) fn pack(&mut self, isa: Isa, x: Input<'_>, w: &Matrix<'_>, bands: Bands<'_>) -> Option<PackedRows<'_>> {
+        let packing = Packing::of(w, self.precision)?;
+        let columns = x.x.width();
+        let data = &mut self.data[..packing.row(columns) * x.count()];
+        pack_bands(isa, x, packing, bands, data);
+        Some(PackedRows::new(data, packing, columns, 0))
+    }
+}
+
+/// Packed rows, in panels of [`PANEL`] from the first on.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedRows<'a> {
+    data: &'a [u32],
+    packing: Packing,
+    columns: usize,
+}
+
+impl<'a> PackedRows<'a> {
+    /// Rows of `columns` from row `first` of `data` on, with which a panel begins.
+    pub(crate) fn new(data: &'a [u32], packing: Packing, columns: usize, first: usize) -> Self {
+        Self { data: &data[first * packing.row(columns)..], packing, columns }
+    }
+
+    /// The rows from `start` on, with which a panel must begin.
+    pub(crate) fn from_row(&self, start: usize) -> Self {
+        Self::new(self.data, self.packing, self.columns, start)
+    }
+
+    /// The first `rows` rows, one panel.
+    pub(crate) fn panel(&self, rows: usize) -> Panel<'a> {
+        let data = &self.data[..rows * self.packing.row(self.columns)];
+        Panel { data, rows, precision: self.packing.precision }
+    }
+}
+
+/// Up to [`PANEL`] packed rows: group after group, the rows of each side by side.
+#[derive(Clone, Copy)]
+pub(crate) struct Panel<'a> {
+    pub(crate) data: &'a [u32],
+    pub(crate) rows: usize,
+    pub(crate) precision: Precision,
+}
+
+/// Packs the rows of x, each band in panels of its own, on all threads.
+fn pack_bands(isa: Isa, x: Input<'_>, packing: Packing, bands: Bands<'_>, data: &mut [u32]) {
+    let width = packing.row(x.x.width());
+    if width == 0 || x.count() == 0 {
+        return;
+    }
+    let rows = RowsMut::new(&mut data[..x.count() * width], width);
+    if x.count() == 1 {
+        let out = rows.into_slice();
+        return isa.run(Pack { x, packing, out });
+    }
+    for_each_part(Cut::new(rows, bands, width), &|part| {
+        let (first, count) = (part.first_row, part.rows.count());
+        let out = part.rows.into_slice();
+        for (i, out) in out.chunks_mut(PANEL * width).enumerate() {
+            let x = x.slice(first + i * PANEL, PANEL.min(count - i * PANEL));
+            isa.run(Pack { x, packing, out });
+        }
+    });
+}
+
+/// Packs one panel on this thread.
+struct Pack<'a> {
+    x: Input<'a>,
+    packing: Packing,
+    out: &'a mut [u32],
+}
+
+impl Work for Pack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, l: L) {
+        let Self { x, packing: Packing { precision, nibbles, offset }, out } = self;
+        let (group, rows) = (precision.group(), x.count());
+        for t in 0..rows {
+            let outs = out[t * group..].chunks_mut(rows * group);
+            for (x, out) in x.row(t).as_chunks::<LANES>().0.iter().zip(outs) {
+                let (q, scale) = quantise(l, x, precision.limit());
+                let (values, rest) = out[..group].split_at_mut(precision.values());
+                let sum = q.iter().fold(0, |sum: i32, q| sum + q);
+                match (nibbles, precision) {
+                    (true, Precision::Int16) => words(&q, const { &order(true, true) }, values),
+                    (true, Precision::Int8) => bytes(&q, const { &order(true, false) }, values),
+                    (false, Precision::Int16) => words(&q, const { &order(false, true) }, values),
+                    (false, Precision::Int8) => bytes(&q, const { &order(false, false) }, values),
+                }
+                rest[0] = (-offset * sum) as u32;
+                rest[1] = scale.to_bits();
+            }
+        }
+    }
+}
+
+/// Whole numbers up to `limit`, and what one of them is worth: NaN if any value is not finite.
+#[inline(always)]
+fn quantise<L: Lanes>(l: L, x: &[f32; LANES], limit: f32) -> ([i32; LANES], f32) {
+    /// Adding it leaves the nearest whole number in the low bits of the mantissa.
+    const ROUND: f32 = 12_582_912.0;
+    /// Groups of nothing greater are zero: the inverse of their scale is no number.
+    const LEAST: f32 = 1e-30;
+    let v = l.load(x);
+    let peak = l.peak(l.max(v, l.mul(v, l.splat(-1.0))));
+    let finite = l.sum(l.mul(v, l.splat(0.0)));
+    if peak <= LEAST {
+        return ([0; LANES], 0.0 + finite);
+    }
+    let mut rounded = [0.0; LANES];
+    l.store(l.fma(v, l.splat(limit / peak), l.splat(ROUND)), &mut rounded);
+    let limit = limit as i32;
+    let q = rounded.map(|q| (q.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).clamp(-limit, limit));
+    (q, peak / limit as f32 + finite)
+}
+
+#[inline(always)]
+fn words(q: &[i32; GROUP], order: &[u8; GROUP], out: &mut [u32]) {
+    for (out, pair) in out.iter_mut().zip(order.as_chunks::<2>().0) {
+        let [a, b] = pair.map(|column| q[usize::from(column)] as u32);
+        *out = a & 0xFFFF | b << 16;
+    }
+}
+
+#[inline(always)]
+fn bytes(q: &[i32; GROUP], order: &[u8; GROUP], out: &mut [u32]) {
+    for (out, four) in out.iter_mut().zip(order.as_chunks::<4>().0) {
+        *out = u32::from_le_bytes(four.map(|column| q[usize::from(column)] as u8));
+    }
+}

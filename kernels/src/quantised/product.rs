@@ -1,0 +1,399 @@
+//! Sixteen or thirty-two weight rows against a panel of x, on one thread.
+
+use std::hint::black_box;
+
+use super::codes::{self, Code, Int4, MAX_SCALES, Mxfp4, Q8, SCALES, group_bytes};
+use super::packed::{PANEL, Panel, Precision};
+use crate::format::{GROUP, Matrix, Values};
+use crate::rows::RowsMut;
+use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS};
+
+/// Row blocks multiplied together.
+const BLOCKS: usize = 2;
+/// Rows of x up to which codes are used from the registers they are unpacked in.
+const FEW: usize = 4;
+
+/// `out[t, r] = dot(x[t], w[r]) (+ bias[r])`, all of it on this thread.
+pub(crate) struct Product<'a> {
+    pub(crate) w: Matrix<'a>,
+    pub(crate) x: Panel<'a>,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) out: RowsMut<'a>,
+}
+
+impl DotWork for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<D: Dots>(self, d: D) {
+        match (self.w.values, self.x.precision) {
+            (Values::Int4 { .. }, Precision::Int16) => d.enter(Typed::<Int4, Words>::new(self)),
+            (Values::Int4 { .. }, Precision::Int8) => d.enter(Typed::<Int4, Bytes>::new(self)),
+            (Values::Mxfp4 { .. }, Precision::Int16) => d.enter(Typed::<Mxfp4, Words>::new(self)),
+            (Values::Mxfp4 { .. }, Precision::Int8) => d.enter(Typed::<Mxfp4, Bytes>::new(self)),
+            (Values::Q8 { .. }, Precision::Int16) => d.enter(Typed::<Q8, Words>::new(self)),
+            (Values::Q8 { .. }, Precision::Int8) => d.enter(Typed::<Q8, Bytes>::new(self)),
+            _ => panic!("a weight of floats in an integer product"),
+        }
+    }
+}
+
+/// How activations are multiplied.
+trait Width: Copy {
+    /// One packed group of one row of x: values, start of the sum, scale.
+    type Group: AsRef<[u32]> + Copy;
+    /// Dwords of values.
+    const VALUES: usize;
+    /// Registers that a dword register of codes becomes.
+    fn count<C: Code>() -> usize;
+    /// They; only the first [`Width::count`] count.
+    fn unpack<D: Dots, C: Code>(d: D, dwords: D::I) -> [D::I; 4];
+    fn dot<D: Dots, const WIDE: bool>(d: D, sum: D::I, w: D::I, x: D::I) -> D::I;
+    fn groups(data: &[u32]) -> &[Self::Group];
+}
+
+#[derive(Clone, Copy)]
+struct Words;
+
+impl Width for Words {
+    type Group = [u32; Precision::Int16.group()];
+    const VALUES: usize = Precision::Int16.values();
+    #[inline(always)]
+    fn count<C: Code>() -> usize {
+        C::WORDS
+    }
+    #[inline(always)]
+    fn unpack<D: Dots, C: Code>(d: D, dwords: D::I) -> [D::I; 4] {
+        C::words(d, dwords)
+    }
+    #[inline(always)]
+    fn dot<D: Dots, const WIDE: bool>(d: D, sum: D::I, w: D::I, x: D::I) -> D::I {
+        d.dot_words(sum, w, x)
+    }
+    #[inline(always)]
+    fn groups(data: &[u32]) -> &[Self::Group] {
+        data.as_chunks().0
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Bytes;
+
+impl Width for Bytes {
+    type Group = [u32; Precision::Int8.group()];
+    const VALUES: usize = Precision::Int8.values();
+    #[inline(always)]
+    fn count<C: Code>() -> usize {
+        C::BYTES
+    }
+    #[inline(always)]
+    fn unpack<D: Dots, C: Code>(d: D, dwords: D::I) -> [D::I; 4] {
+        let [a, b] = C::bytes(d, dwords);
+        [a, b, a, b]
+    }
+    #[inline(always)]
+    fn dot<D: Dots, const WIDE: bool>(d: D, sum: D::I, w: D::I, x: D::I) -> D::I {
+        d.dot_bytes::<WIDE>(sum, w, x)
+    }
+    #[inline(always)]
+    fn groups(data: &[u32]) -> &[Self::Group] {
+        data.as_chunks().0
+    }
+}
+
+/// Sixteen consecutive weight rows, or as many as there are.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    /// Codes and scales from the first of the rows on.
+    codes: &'a [u8],
+    scales: &'a [u8],
+    rows: usize,
+}
+
+/// A product with the format known.
+struct Typed<'a, C, W> {
+    product: Product<'a>,
+    codes: &'a [u8],
+    scales: &'a [u8],
+    groups: usize,
+    kinds: std::marker::PhantomData<(C, W)>,
+}
+
+type Scales<F> = [[F; BLOCKS]; MAX_SCALES];
+
+impl<'a, C: Code, W: Width> Typed<'a, C, W> {
+    fn new(product: Product<'a>) -> Self {
+        let Matrix { first_row, rows, cols, .. } = product.w;
+        assert!(cols.is_multiple_of(GROUP), "{cols} columns are not whole groups of {GROUP}");
+        let groups = cols / GROUP;
+        let (codes, scales) = codes::bytes(&product.w);
+        let (row, scale_row) = (groups * group_bytes::<C>(), groups * C::SCALE);
+        assert!(codes.len() >= (first_row + rows) * row, "codes of {rows} rows");
+        assert!(scales.len() >= (first_row + rows) * scale_row, "scales of {rows} rows");
+        assert!(product.x.rows <= PANEL && product.out.count() == product.x.rows, "rows of a panel");
+        assert!(W::groups(product.x.data).len() == groups * product.x.rows, "columns of x");
+        let (codes, scales) = (&codes[first_row * row..], &scales[first_row * scale_row..]);
+        Self { product, codes, scales, groups, kinds: std::marker::PhantomData }
+    }
+
+    fn block(&self, row: usize) -> Block<'a> {
+        let rows = self.product.w.rows.saturating_sub(row).min(ROWS);
+        let at = row.min(self.product.w.rows);
+        Block {
+            codes: &self.codes[at * self.groups * group_bytes::<C>()..],
+            scales: &self.scales[at * self.groups * C::SCALE..],
+            rows,
+        }
+    }
+
+    /// Dwords of 64 bytes of every row of a block, from `at` on, of rows of `stride` bytes.
+    #[inline(always)]
+    fn line<D: Dots>(d: D, bytes: &[u8], rows: usize, stride: usize, at: usize) -> [D::I; 16] {
+        if rows == ROWS && at + LINE <= stride {
+            return d.transpose(bytes, stride, at);
+        }
+        d.transpose(&padded(bytes, rows, stride, at), LINE, 0)
+    }
+}
+
+/// What there is of 64 bytes of sixteen rows, and zeros.
+#[inline(never)]
+fn padded(bytes: &[u8], rows: usize, stride: usize, at: usize) -> [u8; ROWS * LINE] {
+    let mut out = [0; ROWS * LINE];
+    let len = LINE.min(stride - at);
+    for (r, out) in out.chunks_exact_mut(LINE).enumerate().take(rows) {
+        out[..len].copy_from_slice(&bytes[r * stride + at..][..len]);
+    }
+    out
+}
+
+impl<C: Code, W: Width> DotWork for Typed<'_, C, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<D: Dots>(mut self, d: D) {
+        let rows = self.product.w.rows;
+        let x = W::groups(self.product.x.data);
+        let tokens = self.product.x.rows;
+        let stride = self.groups * group_bytes::<C>();
+        let scale_stride = self.groups * C::SCALE;
+        let scales_at_once = SCALES / C::SCALE;
+        let mut scales: Scales<D::F> = [[d.zero(); BLOCKS]; MAX_SCALES];
+        let mut acc = [[d.zero(); BLOCKS]; PANEL];
+        let mut expanded = [[d.splat(0); BLOCKS]; LINE];
+        for row in (0..rows).step_by(BLOCKS * ROWS) {
+            let blocks = [self.block(row), self.block(row + ROWS)];
+            // Rows as long as sixteen follow one another: read in order, which the memory likes, while this
+            // unit is worked on.
+            let next = [self.block(row + 2 * ROWS), self.block(row + 3 * ROWS)];
+            acc[..tokens].fill([d.zero(); BLOCKS]);
+            for first in (0..self.groups).step_by(scales_at_once) {
+                let end = self.groups.min(first + scales_at_once);
+                for (b, block) in blocks.iter().enumerate() {
+                    let dwords = Self::line(d, block.scales, block.rows, scale_stride, first * C::SCALE);
+                    let per = 4 / C::SCALE;
+                    for (scales, dword) in scales.chunks_mut(per).zip(dwords) {
+                        for (scales, scale) in scales.iter_mut().zip(C::scales(d, dword)) {
+                            scales[b] = scale;
+                        }
+                    }
+                    for i in 0..ROWS {
+                        d.prefetch(next[b].scales, (first / scales_at_once * ROWS + i) * LINE);
+                    }
+                }
+                for group in (first..end).step_by(C::GROUPS) {
+                    let count = C::GROUPS.min(end - group);
+                    let at = group * group_bytes::<C>();
+                    let scales = &scales[group - first..][..count];
+                    let x = &x[group * tokens..][..count * tokens];
+                    let ahead = at * ROWS;
+                    if tokens <= FEW {
+                        for (b, block) in blocks.iter().enumerate() {
+                            if block.rows == 0 {
+                                continue;
+                            }
+                            let dwords = Self::line(d, block.codes, block.rows, stride, at);
+                            let line = Line { dwords, scales, block: b, ahead: &next[b].codes, at: ahead };
+                            match tokens {
+                                1 => few::<D, C, W, 1>(d, line, x, &mut acc),
+                                2 => few::<D, C, W, 2>(d, line, x, &mut acc),
+                                3 => few::<D, C, W, 3>(d, line, x, &mut acc),
+                                _ => few::<D, C, W, 4>(d, line, x, &mut acc),
+                            }
+                        }
+                        continue;
+                    }
+                    for (b, block) in blocks.iter().enumerate() {
+                        let dwords = Self::line(d, block.codes, block.rows, stride, at);
+                        expand::<D, C, W>(d, dwords, b, (next[b].codes, ahead), &mut expanded);
+                    }
+                    let (w, acc) = (&expanded, &mut acc);
+                    if C::WIDE {
+                        d.call(Multiply::<W, D, true> { w, scales, x, tokens, acc });
+                    } else {
+                        d.call(Multiply::<W, D, false> { w, scales, x, tokens, acc });
+                    }
+                }
+            }
+            self.store(d, row, &acc);
+        }
+    }
+}
+
+impl<C: Code, W: Width> Typed<'_, C, W> {
+    #[inline(always)]
+    fn store<D: Dots>(&mut self, d: D, row: usize, acc: &[[D::F; BLOCKS]; PANEL]) {
+        let Product { bias, out, w, .. } = &mut self.product;
+        let count = (BLOCKS * ROWS).min(w.rows - row);
+        for (t, acc) in acc.iter().enumerate().take(out.count()) {
+            let out = &mut out.row(t)[row..][..count];
+            for (block, acc) in out.chunks_mut(ROWS).zip(acc) {
+                block.copy_from_slice(&d.store(*acc)[..block.len()]);
+            }
+            if let Some(bias) = bias {
+                out.iter_mut().zip(&bias[row..]).for_each(|(o, b)| *o += b);
+            }
+        }
+    }
+}
+
+/// One line of a block of rows.
+struct Line<'a, D: Dots> {
+    dwords: [D::I; 16],
+    /// Of its groups.
+    scales: &'a [[D::F; BLOCKS]],
+    block: usize,
+    /// What is needed later: sixteen lines from `at` on.
+    ahead: &'a [u8],
+    at: usize,
+}
+
+/// Adds the products of a line with `T` rows of x.
+#[inline(always)]
+fn few<D: Dots, C: Code, W: Width, const T: usize>(
+    d: D,
+    line: Line<'_, D>,
+    x: &[W::Group],
+    acc: &mut [[D::F; BLOCKS]; PANEL],
+) {
+    let dwords = 16 / C::GROUPS;
+    for (g, (x, scales)) in x.as_chunks::<T>().0.iter().zip(line.scales).enumerate() {
+        let mut sums = [d.splat(0); T];
+        for (sum, x) in sums.iter_mut().zip(x) {
+            *sum = d.splat(x.as_ref()[W::VALUES]);
+        }
+        for k in 0..dwords {
+            d.prefetch(line.ahead, line.at + (g * dwords + k) * LINE);
+            let codes = W::unpack::<D, C>(d, line.dwords[g * dwords + k]);
+            for (j, codes) in codes.iter().take(W::count::<C>()).enumerate() {
+                for (sum, x) in sums.iter_mut().zip(x) {
+                    let x = d.splat(x.as_ref()[k * W::count::<C>() + j]);
+                    *sum = if C::WIDE {
+                        W::dot::<D, true>(d, *sum, *codes, x)
+                    } else {
+                        W::dot::<D, false>(d, *sum, *codes, x)
+                    };
+                }
+            }
+        }
+        for ((sum, x), acc) in sums.iter().zip(x).zip(acc.iter_mut()) {
+            let scale = d.mul(scales[line.block], d.splat_f32(f32::from_bits(x.as_ref()[W::VALUES + 1])));
+            acc[line.block] = d.fma(d.to_f32(*sum), scale, acc[line.block]);
+        }
+    }
+}
+
+/// Puts the codes of a line where [`Multiply`] finds them: value after value, both blocks side by side.
+#[inline(always)]
+fn expand<D: Dots, C: Code, W: Width>(
+    d: D,
+    dwords: [D::I; 16],
+    block: usize,
+    (ahead, at): (&[u8], usize),
+    out: &mut [[D::I; BLOCKS]; LINE],
+) {
+    for (k, dword) in dwords.into_iter().enumerate() {
+        d.prefetch(ahead, at + k * LINE);
+        let codes = W::unpack::<D, C>(d, dword);
+        for (j, codes) in codes.iter().take(W::count::<C>()).enumerate() {
+            out[k * W::count::<C>() + j][block] = *codes;
+        }
+    }
+}
+
+/// Adds the products of expanded groups with a panel of x.
+struct Multiply<'a, W: Width, D: Dots, const WIDE: bool> {
+    w: &'a [[D::I; BLOCKS]; LINE],
+    /// Of each group.
+    scales: &'a [[D::F; BLOCKS]],
+    /// Group after group, the rows of each.
+    x: &'a [W::Group],
+    tokens: usize,
+    acc: &'a mut [[D::F; BLOCKS]; PANEL],
+}
+
+impl<W: Width, D: Dots, const WIDE: bool> InnerWork<D> for Multiply<'_, W, D, WIDE> {
+    #[inline(always)]
+    fn run(self, d: D) {
+        let Self { w, scales, x, tokens, acc } = self;
+        // Tiles as equal as they can be: 13 rows are 7 and 6, not 12 and 1.
+        let tiles = tokens.div_ceil(D::TOKENS);
+        for tile in 0..tiles {
+            let (first, end) = (tile * tokens / tiles, (tile + 1) * tokens / tiles);
+            let acc = &mut acc[first..];
+            macro_rules! tile {
+                ($($n:literal)*) => {
+                    match end - first {
+                        $($n => d.call(Tile::<W, D, $n, WIDE> { w, scales, x: &x[first..], tokens, acc: part(acc) }),)*
+                        _ => unreachable!("more rows than a tile holds"),
+                    }
+                };
+            }
+            tile!(1 2 3 4 5 6 7 8 9 10 11 12);
+        }
+    }
+}
+
+/// `T` of the accumulators. (A length known to the compiler saves it checks.)
+#[inline(always)]
+fn part<V, const T: usize>(acc: &mut [V]) -> &mut [V; T] {
+    acc.first_chunk_mut().expect("the caller counted")
+}
+
+/// [`Multiply`] of `T` rows of x, in registers.
+struct Tile<'a, W: Width, D: Dots, const T: usize, const WIDE: bool> {
+    w: &'a [[D::I; BLOCKS]; LINE],
+    scales: &'a [[D::F; BLOCKS]],
+    x: &'a [W::Group],
+    tokens: usize,
+    acc: &'a mut [[D::F; BLOCKS]; T],
+}
+
+impl<W: Width, D: Dots, const T: usize, const WIDE: bool> InnerWork<D> for Tile<'_, W, D, T, WIDE> {
+    #[inline(always)]
+    fn run(self, d: D) {
+        let Self { w, scales, x, tokens, acc } = self;
+        for ((w, scales), g) in w.chunks_exact(W::VALUES).zip(scales).zip(0..) {
+            let x: &[W::Group; T] = x[g * tokens..].first_chunk().expect("the caller counted");
+            // Left to itself the compiler keeps sums and accumulators in registers, more than there are.
+            let acc = black_box(&mut *acc);
+            let mut sums: [[D::I; BLOCKS]; T] = [[d.splat(0); BLOCKS]; T];
+            for (sums, x) in sums.iter_mut().zip(x) {
+                *sums = [d.splat(x.as_ref()[W::VALUES]); BLOCKS];
+            }
+            for (i, [w0, w1]) in w.iter().enumerate() {
+                for (sums, x) in sums.iter_mut().zip(x) {
+                    let x = d.splat(x.as_ref()[i]);
+                    sums[0] = W::dot::<D, WIDE>(d, sums[0], *w0, x);
+                    sums[1] = W::dot::<D, WIDE>(d, sums[1], *w1, x);
+                }
+            }
+            for ((sums, x), acc) in sums.iter().zip(x).zip(acc) {
+                let scale = d.splat_f32(f32::from_bits(x.as_ref()[W::VALUES + 1]));
+                for b in 0..BLOCKS {
+                    acc[b] = d.fma(d.to_f32(sums[b]), d.mul(scales[b], scale), acc[b]);
+                }
+            }
+        }
+    }
+}
