@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::error::Error;
 use crate::hub::{self, HubOptions, ModelRef};
+use crate::memory::check_available;
 use crate::progress::{Progress, Unit};
 use crate::request::{Request, SamplingParams, StopRule};
 use crate::template::{ChatInput, ChatTemplate, RenderedPrompt};
@@ -48,12 +49,28 @@ pub struct Loaded {
     pub defaults: Defaults,
 }
 
+/// In which form float weights outside the routed experts are multiplied (`--dense-format`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DenseFormat {
+    /// As they are in the files.
+    #[default]
+    Published,
+    /// In 8-bit copies made at start, in place of the originals.
+    Q8,
+}
+
 /// Finds and opens a model without its tokenizer: what `inspect`, `trace` and `check` need.
 ///
 /// # Errors
-/// If there is no such model, a download fails, or the files are broken.
-pub fn open_model(name: &str) -> Result<Arc<Model>, Error> {
-    Ok(Model::open(open_checkpoint(name)?)?)
+/// If there is no such model, a download fails, the files are broken or the machine has no room for copies.
+pub fn open_model(name: &str, dense: DenseFormat) -> Result<Arc<Model>, Error> {
+    let checkpoint = open_checkpoint(name)?;
+    match dense {
+        DenseFormat::Published => Ok(Model::open(checkpoint)?),
+        DenseFormat::Q8 => Model::open_q8(checkpoint, |copy| {
+            check_available("8-bit copies of float weights (--dense-format q8)", copy.copied_bytes)
+        }),
+    }
 }
 
 /// Finds and opens the files of a model.
@@ -84,7 +101,15 @@ impl Loaded {
     /// # Errors
     /// As [`open_model`], or if its tokenizer, template or generation defaults are unusable.
     pub fn open(name: &str) -> Result<Self, Error> {
-        let model = open_model(name)?;
+        Self::open_with(name, DenseFormat::Published)
+    }
+
+    /// [`Loaded::open`] with a form of the float weights.
+    ///
+    /// # Errors
+    /// As [`Loaded::open`].
+    pub fn open_with(name: &str, dense: DenseFormat) -> Result<Self, Error> {
+        let model = open_model(name, dense)?;
         let read = |file: &str| {
             let bytes = model.checkpoint.file(file).map_err(|error| error.to_string())?;
             Ok(bytes.map(|bytes| bytes.into_owned()))

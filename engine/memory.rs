@@ -19,6 +19,8 @@ const MIN_CONTEXT: usize = 2048;
 pub struct MemoryPlan {
     /// Mapped weights; resident as far as they are touched, and reclaimable.
     pub weight_bytes: usize,
+    /// 8-bit copies of weights, made by the time of this plan.
+    pub copied_bytes: usize,
     /// The cache; allocated at start, resident as it fills.
     pub cache_bytes: usize,
     /// Activations, logits and other buffers.
@@ -31,7 +33,7 @@ impl MemoryPlan {
     /// The plan for one engine on the cpu runner.
     pub fn new(
         config: &ModelConfig,
-        weight_bytes: usize,
+        (weight_bytes, copied_bytes): (usize, usize),
         numerics: Numerics,
         options: &EngineOptions,
     ) -> Self {
@@ -39,7 +41,13 @@ impl MemoryPlan {
         // Logits of every running request, and the sampler's copy and candidates of one.
         let logits = config.vocab * (4 * options.running + 20);
         let available_bytes = available_memory();
-        Self { weight_bytes, cache_bytes, scratch_bytes: runner_bytes + logits, available_bytes }
+        Self {
+            weight_bytes,
+            copied_bytes,
+            cache_bytes,
+            scratch_bytes: runner_bytes + logits,
+            available_bytes,
+        }
     }
 
     /// What must fit for good: mapped weights can be dropped and read again, the rest cannot.
@@ -68,7 +76,11 @@ impl MemoryPlan {
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (weights, cache, scratch) = (self.weight_bytes, self.cache_bytes, self.scratch_bytes);
-        write!(f, "weights {} (mapped), cache {}, buffers {}", Bytes(weights), Bytes(cache), Bytes(scratch))?;
+        write!(f, "weights {} (mapped), ", Bytes(weights))?;
+        if self.copied_bytes > 0 {
+            write!(f, "8-bit copies {}, ", Bytes(self.copied_bytes))?;
+        }
+        write!(f, "cache {}, buffers {}", Bytes(cache), Bytes(scratch))?;
         match self.available_bytes {
             Some(available) => write!(f, "; {} available", Bytes(available)),
             None => Ok(()),
@@ -83,7 +95,7 @@ impl fmt::Display for MemoryPlan {
 /// If the user's context exceeds the model's, or nothing fits.
 pub fn fit(
     config: &ModelConfig,
-    weight_bytes: usize,
+    weight_bytes: (usize, usize),
     numerics: Numerics,
     context: Option<usize>,
     sequences: usize,

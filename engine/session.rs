@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::loaded::Loaded;
+use crate::loaded::{DenseFormat, Loaded};
 use crate::memory::{self, MemoryPlan};
 use crate::request::{Event, Generate, Request, Summary};
 use crate::tokenizer::Specials;
@@ -39,6 +39,8 @@ pub struct SessionOptions {
     pub context: Option<usize>,
     /// Requests that run at a time; 0 counts as 1.
     pub sequences: usize,
+    /// Form of the float weights.
+    pub dense: DenseFormat,
 }
 
 impl SessionOptions {
@@ -86,8 +88,8 @@ pub struct Session {
     pub threads: usize,
     /// Name of the runner.
     pub runner: &'static str,
-    /// The numerics in force.
-    pub numerics: Numerics,
+    /// The numerics in force, and what is coarser by request.
+    pub numerics: String,
     /// From the start of loading to a running engine.
     pub load_seconds: f64,
 }
@@ -110,7 +112,7 @@ impl Session {
     /// If the model cannot be opened, or the machine cannot hold the plan.
     pub fn open(name: &str, options: &SessionOptions) -> Result<Self, Error> {
         let begun = Instant::now();
-        let mut session = Self::start(Loaded::open(name)?, options)?;
+        let mut session = Self::start(Loaded::open_with(name, options.dense)?, options)?;
         session.load_seconds = begun.elapsed().as_secs_f64();
         Ok(session)
     }
@@ -122,14 +124,14 @@ impl Session {
     pub fn start(loaded: Loaded, options: &SessionOptions) -> Result<Self, Error> {
         let begun = Instant::now();
         let model = &loaded.model;
-        let weights = model.weight_bytes();
+        let weights = (model.weight_bytes(), model.q8.map_or(0, |copy| copy.copied_bytes));
         let sequences = options.sequences.max(1);
         let (limits, plan) =
             memory::fit(&model.config, weights, options.numerics(), options.context, sequences)?;
         let pool = options.pool()?;
         let threads = pool.current_num_threads();
         let runner = options.runner(model, limits.capacity())?;
-        let (name, numerics) = (runner.name(), runner.numerics());
+        let (name, numerics) = (runner.name(), model.numerics_label(runner.numerics()));
         let engine = Engine::start(runner, Arc::clone(&loaded.tokenizer), pool, limits);
         Ok(Self {
             engine: Arc::new(engine),

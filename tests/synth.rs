@@ -441,7 +441,7 @@ fn a_slice_starts_at_once_and_holds_only_what_it_touches() {
     tokens.extend(generated[..generated.len() - 1].iter().map(|id| id.as_u64().unwrap() as u32));
     let (touched, folios) = touched_bytes(&loaded.model, &tokens);
     let weights = loaded.model.weight_bytes();
-    let (_, plan) = memory::fit(&loaded.model.config, weights, Numerics::Model, Some(4096), 1).unwrap();
+    let (_, plan) = memory::fit(&loaded.model.config, (weights, 0), Numerics::Model, Some(4096), 1).unwrap();
     let peak = result["peak_rss_bytes"].as_u64().unwrap() as usize;
     let first = ["load_seconds", "time_to_first_token_seconds"].map(|name| result[name].as_f64().unwrap());
     let mib = |bytes: usize| bytes >> 20;

@@ -76,7 +76,7 @@ def peer_row(args, gguf, setting, runs):
     place = ["--ik", args.ik] if args.peer == "ik_llama.cpp" else ["--venv", args.venv] if args.venv else []
     all_logits = ["--all-logits"] if args.minus_gguf else []
     command = [sys.executable, script, "measure", gguf, "--what", args.what, "--threads", args.threads]
-    command += ["--runs", runs, *place, *setting, *all_logits]
+    command += ["--runs", runs, "--patience", args.patience, *place, *setting, *all_logits]
     row = rows_of(command)[-1]
     if not row.get("logits_finite", True):
         sys.exit(f"{gguf}: logits are not finite; such a run proves nothing")
@@ -87,6 +87,12 @@ def peer_seconds(args, gguf, setting, runs, field="seconds_median"):
     row = peer_row(args, gguf, setting, runs)
     less = peer_row(args, args.minus_gguf, setting, runs)[field] if args.minus_gguf else 0.0
     return row[field] - less, row
+
+
+def show(args, seconds, row):
+    rss, share = row["peak_rss_bytes"] / 2**30, row["cpu_share"]
+    disturbed = "" if share >= 0.95 else f"  DISTURBED: had {share:.0%} of the cores"
+    print(f"{args.what}  {seconds}  {row['model']}  {row['setting']}  peak {rss:.1f} GiB{disturbed}", flush=True)
 
 
 def machine():
@@ -115,6 +121,7 @@ def main():
     add("--rounds", type=int, default=3)
     add("--runs", type=int, default=5, help="timed runs of the peer in a turn; Moebius has its own number")
     add("--tune-runs", type=int, default=3, help="timed runs of each setting while the best is sought")
+    add("--patience", type=int, default=0, help="seconds for which a peer's disturbed runs are made again")
     add("--csv", type=Path)
     args = parser.parse_args()
     if args.moebius and bool(args.minus) != bool(args.minus_gguf):
@@ -125,9 +132,7 @@ def main():
         # The minimum, which a passing disturbance does not change.
         seconds, row = peer_seconds(args, gguf, setting, args.tune_runs, "seconds_min")
         tried.append((seconds, gguf, setting))
-        rss, share = row["peak_rss_bytes"] / 2**30, row["cpu_share"]
-        head = f"{args.what}  {seconds:.4f} s (median {row['seconds_median']:.4f}"
-        print(f"{head}, CPU share {share:.2f})  {row['model']}  {row['setting']}  peak {rss:.1f} GiB", flush=True)
+        show(args, f"least {seconds:.4f} s", row)
     _, gguf, setting = min(tried)
     if not args.moebius:
         return
@@ -138,14 +143,15 @@ def main():
         ours -= moebius_seconds(args, args.minus) if args.minus else 0.0
         theirs, row = peer_seconds(args, gguf, setting, args.runs)
         ratios.append(theirs / ours)
-        print(f"round {number + 1}: Moebius {ours:.4f} s, {args.peer} {theirs:.4f} s, ratio {ratios[-1]:.3f}", flush=True)
+        show(args, f"{theirs:.4f} s", row)
+        print(f"round {number + 1}: Moebius {ours:.4f} s, ratio {ratios[-1]:.3f}", flush=True)
         values = [
             time.strftime("%Y-%m-%dT%H:%M:%S"), machine(), args.threads, args.what, Path(args.model).name,
             args.options, number + 1, f"{ours:.6f}", args.peer, row["peer_version"], row["model"], row["setting"],
             f"{theirs:.6f}", f"{ratios[-1]:.4f}",
         ]
         lines.append(dict(zip(COLUMNS, values)))
-    print(f"{args.what}: Moebius is {statistics.median(ratios):.3f} times as fast as {args.peer} (median of {len(ratios)})")
+    print(f"{args.what}: {args.peer} / Moebius {statistics.median(ratios):.3f} (median of {len(ratios)} rounds)")
     if args.csv:
         new = not args.csv.exists()
         with args.csv.open("a", newline="") as file:

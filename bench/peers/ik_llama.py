@@ -46,7 +46,7 @@ def measure(args):
     what, _, count = args.what.partition("-")
     count = int(count or 1)
     flags = [int(args.mmap == "on"), int(args.repack == "on"), args.mla, int(args.all_logits), int(args.verbose)]
-    numbers = [count, args.threads, args.warmup, args.runs, args.ubatch, *flags]
+    numbers = [count, args.threads, args.warmup, args.runs, args.patience, args.ubatch, *flags]
     command = [build(args.ik), args.file, what, *map(str, numbers)]
     stderr = None if args.verbose else subprocess.PIPE
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
@@ -55,7 +55,9 @@ def measure(args):
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Its library prints now and then to stdout as well.
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("step ")]
-    seconds, busy = [float(line[1]) for line in lines], [float(line[2]) for line in lines]
+    runs = [(float(line[1]), float(line[2])) for line in lines]
+    # As llama_cpp.py: what counts is the runs that other programs disturbed least.
+    seconds, shares = zip(*sorted(runs, key=lambda run: run[1])[-args.runs :])
     median = statistics.median(seconds)
     setting = [f"repack={args.repack}", f"mmap={args.mmap}", f"mla={args.mla}"]
     setting += [f"ubatch={args.ubatch}"] if what == "prefill" else []
@@ -71,7 +73,7 @@ def measure(args):
         "peer": "ik_llama.cpp",
         "peer_version": version(args.ik),
         "setting": " ".join(setting + (["all-logits"] if args.all_logits else [])),
-        "cpu_share": sum(busy) / sum(seconds) / args.threads,
+        "cpu_share": min(shares),
         "peak_rss_bytes": usage.ru_maxrss * 1024,
     }
     print(json.dumps(row), flush=True)
@@ -86,6 +88,7 @@ def arguments():
     add("--threads", type=int, default=os.cpu_count())
     add("--runs", type=int, default=5)
     add("--warmup", type=int, default=1)
+    add("--patience", type=int, default=0, help="seconds to go on for while other programs disturb")
     add("--repack", choices=["on", "off"], default="off", help="interleave rows at load")
     add("--mmap", choices=["on", "off"], default="on", help="off: a copy in huge pages")
     add("--mla", type=int, default=3, help="how attention over the latent is done")

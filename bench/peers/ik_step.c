@@ -1,4 +1,5 @@
-// Times steps of ik_llama.cpp through its public C interface: a line per run, seconds and CPU seconds.
+// Times steps of ik_llama.cpp through its public C interface: a line per run, its seconds and
+// the share of the cores' time that it had.
 //
 // Its own llama-bench asks for the logits of one token, so that the last layer's experts see one token
 // only, and has no batch of sequences. Compiled by ik_llama.py against the user's checkout.
@@ -52,14 +53,15 @@ static double step(struct llama_context * ctx, struct llama_batch batch) {
 }
 
 int main(int argc, char ** argv) {
-    if (argc != 13) {
-        fprintf(stderr, "usage: ik_step FILE prefill|decode COUNT THREADS WARMUP RUNS UBATCH MMAP REPACK MLA ALL_LOGITS VERBOSE\n");
+    if (argc != 14) {
+        fprintf(stderr, "usage: ik_step FILE prefill|decode COUNT THREADS WARMUP RUNS PATIENCE UBATCH MMAP REPACK MLA"
+                        " ALL_LOGITS VERBOSE\n");
         return 2;
     }
     bool prefill = !strcmp(argv[2], "prefill");
     int count = atoi(argv[3]), threads = atoi(argv[4]), warmup = atoi(argv[5]), runs = atoi(argv[6]);
-    int ubatch = atoi(argv[7]), mla = atoi(argv[10]), past = 8, steps = warmup + runs;
-    bool mmap = atoi(argv[8]), repack = atoi(argv[9]), all_logits = atoi(argv[11]), verbose = atoi(argv[12]);
+    int patience = atoi(argv[7]), ubatch = atoi(argv[8]), mla = atoi(argv[11]), past = 8;
+    bool mmap = atoi(argv[9]), repack = atoi(argv[10]), all_logits = atoi(argv[12]), verbose = atoi(argv[13]);
     if (!verbose) llama_log_set(quiet, NULL);
     llama_backend_init();
 
@@ -74,7 +76,7 @@ int main(int argc, char ** argv) {
 
     int sequences = prefill ? 1 : count, most = prefill ? count : count * past;
     struct llama_context_params params = llama_context_default_params();
-    params.n_ctx = prefill ? count : sequences * ((past + steps + 255) / 256 * 256);
+    params.n_ctx = prefill ? count : sequences * 256;
     params.n_batch = most < 32 ? 32 : most;
     params.n_ubatch = ubatch;
     params.n_seq_max = sequences;
@@ -98,17 +100,23 @@ int main(int argc, char ** argv) {
             for (int p = 0; p < past; p++) put(&batch, ids[s * past + p], p, s, p == past - 1);
         step(ctx, batch);
     }
-    for (int run = 0; run < steps; run++) {
+    int fair = 0;
+    double until = now(CLOCK_MONOTONIC) + patience;
+    for (int run = 0; run < warmup + runs || (fair < runs && now(CLOCK_MONOTONIC) < until); run++) {
         batch.n_tokens = 0;
         draw(ids, count, deck, vocab);
+        // The same past before every run.
         if (prefill) llama_kv_cache_clear(ctx);
+        else llama_kv_cache_seq_rm(ctx, -1, past, -1);
         for (int i = 0; i < count; i++) {
             if (prefill) put(&batch, ids[i], i, 0, all_logits || i == count - 1);
-            else put(&batch, ids[i], past + run, i, true);
+            else put(&batch, ids[i], past, i, true);
         }
         double cpu = now(CLOCK_PROCESS_CPUTIME_ID), seconds = step(ctx, batch);
-        cpu = now(CLOCK_PROCESS_CPUTIME_ID) - cpu;
-        if (run >= warmup) printf("step %.9f %.9f\n", seconds, cpu);
+        double share = (now(CLOCK_PROCESS_CPUTIME_ID) - cpu) / seconds / threads;
+        if (run < warmup) continue;
+        fair += share >= 0.95;
+        printf("step %.9f %.4f\n", seconds, share);
     }
     const float * logits = llama_get_logits_ith(ctx, batch.n_tokens - 1);
     for (int i = 0; i < vocab; i++)

@@ -160,7 +160,8 @@ def values(rng, kind, mean, deviation, elements):
     out = np.empty((elements // width, size), np.uint8)
     half = lambda x: x.astype(np.float16).view(np.uint8).reshape(-1, 2)
     if kind == Kind.Q4_0:  # f16 scale, 16 bytes of nibbles; the root mean square of the nibbles is 4.18
-        out[:, :2] = pick(half(deviation / 4.18 * spread).view(np.uint16).ravel(), len(out)).view(np.uint8).reshape(-1, 2)
+        scales = half(deviation / 4.18 * spread).view(np.uint16).ravel()
+        out[:, :2] = pick(scales, len(out)).view(np.uint8).reshape(-1, 2)
     else:  # Q4_K: f16 scale and minimum, 12 bytes of 6-bit factors, nibbles 0 to 15. The minimum is 8
         # scales: weights are (nibble - 8) * scale * factor, as above; factors are about 48.
         scale = deviation / 4.18 / 48 * spread

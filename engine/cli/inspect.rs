@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{DEMO, print};
 use crate::error::Error;
-use crate::loaded::open_model;
+use crate::loaded::{DenseFormat, open_model};
 use crate::memory::Bytes;
 
 #[derive(Args)]
@@ -43,7 +43,7 @@ struct Summary<'a> {
 }
 
 pub fn run(args: &InspectArgs) -> Result<ExitCode, Error> {
-    let model = open_model(&args.model)?;
+    let model = open_model(&args.model, DenseFormat::Published)?;
     let summary = Summary::new(&model)?;
     print(&if args.json { format!("{}\n", summary.json()) } else { summary.table() })?;
     Ok(ExitCode::SUCCESS)

@@ -14,10 +14,11 @@ mod trace;
 use std::io::ErrorKind;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use models::Numerics;
 
 use crate::error::Error;
+use crate::loaded::DenseFormat;
 use crate::request::{Request, SamplingParams};
 use crate::session::{RunnerKind, SessionOptions};
 
@@ -58,6 +59,14 @@ struct ComputeArgs {
     /// How exact: f32 throughout, or the precision the model was published for [default: model]
     #[arg(long, value_enum)]
     numerics: Option<NumericsArg>,
+    /// Activations where weights have 4 or 8 bits: 8 bits instead of 16; faster, and coarser than the model was
+    /// published for
+    #[arg(long, value_enum)]
+    activations: Option<ActivationsArg>,
+    /// Float weights of attention, dense and shared experts and the head: in 8-bit copies made at start; half
+    /// the memory, and coarser than the model was published for
+    #[arg(long, value_enum)]
+    dense_format: Option<DenseFormatArg>,
     /// Implementation
     #[arg(long, value_enum, default_value = "cpu")]
     runner: RunnerArg,
@@ -70,6 +79,16 @@ struct ComputeArgs {
 enum NumericsArg {
     Reference,
     Model,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ActivationsArg {
+    Int8,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DenseFormatArg {
+    Q8,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -93,7 +112,19 @@ impl ComputeArgs {
             NumericsArg::Reference => Numerics::Reference,
             NumericsArg::Model => Numerics::Model,
         });
+        let exact = matches!(self.numerics, Some(NumericsArg::Reference))
+            || matches!(self.runner, RunnerArg::Reference);
+        if exact && (self.activations.is_some() || self.dense_format.is_some()) {
+            let message = "--activations and --dense-format are coarser than --numerics reference and \
+                 --runner reference allow";
+            Cli::command().error(clap::error::ErrorKind::ArgumentConflict, message).exit();
+        }
+        let numerics = match self.activations {
+            Some(ActivationsArg::Int8) => Some(Numerics::Int8Activations),
+            None => numerics,
+        };
         let options = SessionOptions {
+            dense: self.dense_format.map_or(DenseFormat::Published, |DenseFormatArg::Q8| DenseFormat::Q8),
             threads: self.threads.map(usize::from),
             numerics,
             runner: self.runner.into(),

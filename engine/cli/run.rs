@@ -184,7 +184,7 @@ pub fn statistics(session: &Session, summary: &Summary) {
         session.load_seconds,
         Bytes(peak_resident_bytes()),
         session.runner,
-        session.numerics.as_str(),
+        session.numerics,
         session.threads,
         summary.reason.as_str(),
     );
@@ -205,7 +205,7 @@ fn result(session: &Session, answer: &Answer) -> serde_json::Value {
         "prefill_tokens_per_second": prefill,
         "decode_tokens_per_second": decode,
         "peak_rss_bytes": peak_resident_bytes(),
-        "numerics": session.numerics.as_str(),
+        "numerics": session.numerics,
         "runner": session.runner,
         "threads": session.threads,
     })

@@ -51,7 +51,7 @@ enum LogitsArg {
 
 pub fn run(args: &TraceArgs) -> Result<ExitCode, Error> {
     let prompts = read_prompts(&args.tokens)?;
-    let model = open_model(&args.model)?;
+    let model = open_model(&args.model, args.compute.options().dense)?;
     let options = TraceOptions {
         greedy: args.greedy,
         chunk: args.chunk.map(usize::from),
@@ -81,7 +81,7 @@ pub fn run(args: &TraceArgs) -> Result<ExitCode, Error> {
         progress.set(done as u64, total as u64);
     }
     write(&args.output, &traces, model.config.vocab)?;
-    let (path, numerics) = (args.output.display().to_string(), run.numerics().as_str());
+    let (path, numerics) = (args.output.display().to_string(), model.numerics_label(run.numerics()));
     if args.json {
         let result = serde_json::json!({"output": path, "prompts": prompts.len(), "tokens": total, "numerics": numerics});
         print(&format!("{result}\n"))?;

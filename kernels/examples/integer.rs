@@ -1,6 +1,7 @@
 //! Integer products beside what binds them: `cargo run --release -p moebius-kernels --example integer`.
 
-use kernels::quantised::{Activations, Precision, matmul_quantised};
+use kernels::matmul::matmul_with;
+use kernels::quantised::{Activations, Precision};
 use kernels::{Isa, Matrix, Rows, RowsMut, Values};
 use std::hint::black_box;
 use std::time::Instant;
@@ -11,9 +12,14 @@ fn main() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     pool.install(|| {
         const COPIES: usize = 24;
-        let packed: Vec<u8> = (0..COPIES * rows * cols / 2).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-        let scales: Vec<u8> = (0..COPIES * rows * cols / 16).map(|i| if i % 2 == 1 { 0x3c } else { 7 }).collect();
-        let median = |v: &mut Vec<f64>| { v.sort_by(f64::total_cmp); v[v.len() / 2] };
+        let packed: Vec<u8> =
+            (0..COPIES * rows * cols / 2).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let scales: Vec<u8> =
+            (0..COPIES * rows * cols / 16).map(|i| if i % 2 == 1 { 0x3c } else { 7 }).collect();
+        let median = |v: &mut Vec<f64>| {
+            v.sort_by(f64::total_cmp);
+            v[v.len() / 2]
+        };
         for precision in [Precision::Int16, Precision::Int8] {
             for m in [1, 2, 3, 4, 8, 11, 16, 43, 64] {
                 let x: Vec<f32> = (0..m * cols).map(|i| (i % 97) as f32 - 48.0).collect();
@@ -25,7 +31,14 @@ fn main() {
                     let s = &scales[i * rows * cols / 16..][..rows * cols / 16];
                     let w = Matrix::new(Values::Int4 { packed: p, scales: s }, rows, cols);
                     let start = Instant::now();
-                    matmul_quantised(Isa::detect(), &mut activations, Rows::new(&x, cols), &w, None, RowsMut::new(&mut out, rows));
+                    matmul_with(
+                        Isa::detect(),
+                        Some(&mut activations),
+                        Rows::new(&x, cols),
+                        &w,
+                        None,
+                        RowsMut::new(&mut out, rows),
+                    );
                     t.push(start.elapsed().as_secs_f64());
                     let other = &packed[(i + COPIES / 2) % COPIES * rows * cols / 2..][..rows * cols / 2];
                     let start = Instant::now();
@@ -40,7 +53,13 @@ fn main() {
                 }
                 let (t, r) = (median(&mut t), median(&mut r));
                 let bytes = (rows * cols) as f64 * 0.5625;
-                println!("{precision:?} M={m}: {:.2} ms {:.1} GB/s (read {r:.1}: {:.2}) {:.0} GOP/s", t * 1e3, bytes / t / 1e9, bytes / t / 1e9 / r, 2.0 * (m * rows * cols) as f64 / t / 1e9);
+                println!(
+                    "{precision:?} M={m}: {:.2} ms {:.1} GB/s (read {r:.1}: {:.2}) {:.0} GOP/s",
+                    t * 1e3,
+                    bytes / t / 1e9,
+                    bytes / t / 1e9 / r,
+                    2.0 * (m * rows * cols) as f64 / t / 1e9
+                );
             }
         }
     });

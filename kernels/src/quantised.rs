@@ -18,9 +18,11 @@
 //! with it. Activations are packed once in the order in which the codes come out of the registers.
 
 pub(crate) mod codes;
+mod copy;
 mod packed;
 mod product;
 
+pub use copy::to_q8;
 pub use packed::{Activations, Precision};
 pub(crate) use packed::{PANEL, PackedRows};
 pub(crate) use product::Product;

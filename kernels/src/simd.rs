@@ -52,12 +52,18 @@ pub enum Isa {
 impl Isa {
     /// The best that this processor has.
     pub fn detect() -> Self {
-        [Self::Avx512Vnni, Self::Avx512, Self::Avx2].into_iter().find(|isa| isa.present()).unwrap_or(Self::Portable)
+        [Self::Avx512Vnni, Self::Avx512, Self::Avx2]
+            .into_iter()
+            .find(|isa| isa.present())
+            .unwrap_or(Self::Portable)
     }
 
     /// All that this processor has, plainest first.
     pub fn available() -> Vec<Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni].into_iter().filter(|isa| isa.present()).collect()
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni]
+            .into_iter()
+            .filter(|isa| isa.present())
+            .collect()
     }
 
     fn present(self) -> bool {

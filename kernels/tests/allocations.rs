@@ -10,6 +10,7 @@ use kernels::experts::{
 };
 use kernels::matmul::{matmul, matmul_transposed};
 use kernels::norm::rms_norm;
+use kernels::quantised::{Activations, Precision};
 use kernels::route::{Normalise, RouterRule, Score, route};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -73,11 +74,14 @@ fn nothing_allocates_in_steady_state() {
     let table: Vec<u32> = (0..(context / PAGE) as u32).collect();
     let pages = Pages { data: CacheSlice::Bf16(&cache), row: 96, table: &table };
 
-    for tokens in [1, 40] {
+    for (tokens, precision) in
+        [(1, None), (40, None), (1, Some(Precision::Int16)), (40, Some(Precision::Int8))]
+    {
         let x = random.values(tokens * hidden);
         let logits = random.values(experts);
         let mut out = vec![0.0; tokens * hidden];
-        let limits = DispatchLimits { tokens, top_k, experts, hidden, inter };
+        let limits = DispatchLimits { tokens, top_k, experts, hidden, inter, precision };
+        let mut room = precision.map(|p| Activations::new(p, tokens, hidden));
         let mut dispatch = Dispatch::new(limits);
         let mut scratch = vec![0.0; ffn_scratch_len(tokens, inter)];
         let mut router_scratch = vec![0.0; rule.scratch_len()];
@@ -94,7 +98,7 @@ fn nothing_allocates_in_steady_state() {
             }
             let routed = Routed { x: &x, ids: &ids, weights: &gates };
             run_experts(isa, routed, &lookup, &mut dispatch, &mut out);
-            ffn(isa, &x, &lookup(0), &mut scratch, &mut out);
+            ffn(isa, &x, &lookup(0), room.as_mut(), &mut scratch, &mut out);
             let queries = Queries { rows: &queries, first_position: context - tokens };
             mla(isa, &attention, queries, &pages, &mut attention_scratch, &mut attended);
         };

@@ -6,6 +6,7 @@ use common::{FORMATS, Format, Random, Weight, assert_close_overall, bits, in_poo
 use kernels::experts::{
     Activation, Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, ffn, ffn_scratch_len, run_experts,
 };
+use kernels::quantised::{Activations, Precision};
 use kernels::{Isa, reference};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -62,6 +63,10 @@ impl Expert {
     }
 }
 
+/// In f32, in 16 and in 8 bits, and how far each may be from exact.
+const PRECISIONS: [(Option<Precision>, f64); 3] =
+    [(None, 1e-5), (Some(Precision::Int16), 1e-4), (Some(Precision::Int8), 0.05)];
+
 const LAYOUTS: [Layout; 3] = [Layout::Separate, Layout::Interleaved, Layout::Transposed];
 
 /// Distinct ascending experts, some of which many tokens want.
@@ -96,16 +101,20 @@ fn a_feed_forward_meets_the_reference() {
                 let x = random.values(tokens * hidden);
                 let want = reference::ffn(&x, &expert.ffn());
                 let what = format!("{format:?} {layout:?} [{hidden}, {inter}]");
-                let mut first: Option<Vec<u32>> = None;
-                for isa in Isa::available() {
-                    let mut out = vec![f32::NAN; want.len()];
-                    let mut scratch = vec![f32::NAN; ffn_scratch_len(tokens, inter)];
-                    ffn(isa, &x, &expert.ffn(), &mut scratch, &mut out);
-                    assert_close_overall(&out, &want, 1e-5, &what);
-                    assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{what} {isa:?}");
-                    let mut alone = vec![f32::NAN; hidden];
-                    ffn(isa, &x[33 * hidden..][..hidden], &expert.ffn(), &mut scratch, &mut alone);
-                    assert_eq!(bits(&alone), bits(&out[33 * hidden..][..hidden]), "{what} {isa:?} alone");
+                for (precision, tolerance) in PRECISIONS {
+                    let mut room = precision.map(|p| Activations::new(p, tokens, hidden.max(inter)));
+                    let mut first: Option<Vec<u32>> = None;
+                    for isa in Isa::available() {
+                        let mut out = vec![f32::NAN; want.len()];
+                        let mut scratch = vec![f32::NAN; ffn_scratch_len(tokens, inter)];
+                        ffn(isa, &x, &expert.ffn(), room.as_mut(), &mut scratch, &mut out);
+                        assert_close_overall(&out, &want, tolerance, &what);
+                        assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{what} {isa:?}");
+                        let mut alone = vec![f32::NAN; hidden];
+                        let x = &x[33 * hidden..][..hidden];
+                        ffn(isa, x, &expert.ffn(), room.as_mut(), &mut scratch, &mut alone);
+                        assert_eq!(bits(&alone), bits(&out[33 * hidden..][..hidden]), "{what} {isa:?} alone");
+                    }
                 }
             }
         }
@@ -126,16 +135,19 @@ fn routed_experts_meet_the_reference() {
             let (ids, weights) = routing(&mut random, tokens, top_k, experts);
             let routed = Routed { x: &x, ids: &ids, weights: &weights };
             let want = reference::run_experts(&routed, hidden, &lookup);
-            let mut first: Option<Vec<u32>> = None;
-            for isa in Isa::available() {
-                // Room for all tokens, for some, and for one at a time.
-                for tokens in [20, 5, 1] {
-                    let limits = DispatchLimits { tokens, top_k, experts, hidden, inter: inter + 8 };
-                    let mut dispatch = Dispatch::new(limits);
-                    let mut out = vec![f32::NAN; want.len()];
-                    run_experts(isa, routed, &lookup, &mut dispatch, &mut out);
-                    assert_close_overall(&out, &want, 1e-5, &format!("{format:?} {layout:?}"));
-                    assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{isa:?} {tokens}");
+            for (precision, tolerance) in PRECISIONS {
+                let mut first: Option<Vec<u32>> = None;
+                for isa in Isa::available() {
+                    // Room for all tokens, for some, and for one at a time.
+                    for tokens in [20, 5, 1] {
+                        let inter = inter + 8;
+                        let limits = DispatchLimits { tokens, top_k, experts, hidden, inter, precision };
+                        let mut dispatch = Dispatch::new(limits);
+                        let mut out = vec![f32::NAN; want.len()];
+                        run_experts(isa, routed, &lookup, &mut dispatch, &mut out);
+                        assert_close_overall(&out, &want, tolerance, &format!("{format:?} {layout:?}"));
+                        assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{isa:?} {tokens}");
+                    }
                 }
             }
         }
@@ -155,18 +167,19 @@ fn threads_change_nothing() {
     ] {
         let all: Vec<Expert> =
             (0..experts).map(|_| Expert::random(&mut random, format, layout, hidden, inter)).collect();
-        for tokens in [1, 90] {
+        for (tokens, precision) in [1, 90].into_iter().flat_map(|t| PRECISIONS.map(|(p, _)| (t, p))) {
             let x = random.values(tokens * hidden);
             let (ids, weights) = routing(&mut random, tokens, top_k, experts);
             let outs = in_pools(|| {
-                let limits = DispatchLimits { tokens, top_k, experts, hidden, inter };
+                let limits = DispatchLimits { tokens, top_k, experts, hidden, inter, precision };
                 let mut dispatch = Dispatch::new(limits);
                 let mut out = vec![f32::NAN; tokens * hidden];
                 let routed = Routed { x: &x, ids: &ids, weights: &weights };
                 run_experts(isa, routed, &|id| all[id as usize].ffn(), &mut dispatch, &mut out);
                 let mut scratch = vec![f32::NAN; ffn_scratch_len(tokens, inter)];
                 let mut shared = vec![f32::NAN; tokens * hidden];
-                ffn(isa, &x, &all[0].ffn(), &mut scratch, &mut shared);
+                let mut room = precision.map(|p| Activations::new(p, tokens, hidden.max(inter)));
+                ffn(isa, &x, &all[0].ffn(), room.as_mut(), &mut scratch, &mut shared);
                 (out, shared)
             });
             for (out, shared) in &outs {
@@ -179,7 +192,7 @@ fn threads_change_nothing() {
 
 #[test]
 fn no_token_is_no_work() {
-    let limits = DispatchLimits { tokens: 4, top_k: 2, experts: 3, hidden: 8, inter: 8 };
+    let limits = DispatchLimits { tokens: 4, top_k: 2, experts: 3, hidden: 8, inter: 8, precision: None };
     let routed = Routed { x: &[], ids: &[], weights: &[] };
     run_experts(Isa::Portable, routed, &|_| unreachable!(), &mut Dispatch::new(limits), &mut []);
 }
@@ -187,7 +200,7 @@ fn no_token_is_no_work() {
 #[test]
 #[should_panic(expected = "expert 3 of 3")]
 fn an_unknown_expert_is_refused() {
-    let limits = DispatchLimits { tokens: 4, top_k: 2, experts: 3, hidden: 1, inter: 8 };
+    let limits = DispatchLimits { tokens: 4, top_k: 2, experts: 3, hidden: 1, inter: 8, precision: None };
     let routed = Routed { x: &[1.0], ids: &[0, 3], weights: &[0.5, 0.5] };
     run_experts(Isa::Portable, routed, &|_| unreachable!(), &mut Dispatch::new(limits), &mut [0.0]);
 }

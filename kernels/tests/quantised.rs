@@ -3,7 +3,8 @@
 mod common;
 
 use common::{Format, Random, Weight, assert_close, bits, in_pools};
-use kernels::quantised::{Activations, Precision, matmul_quantised};
+use kernels::matmul::matmul_with;
+use kernels::quantised::{Activations, Precision};
 use kernels::reference;
 use kernels::{Isa, Rows, RowsMut};
 
@@ -15,7 +16,7 @@ fn product(isa: Isa, precision: Precision, x: &[f32], w: &Weight, bias: Option<&
     let mut activations = Activations::new(precision, tokens, w.cols);
     let mut out = vec![0.0; tokens * w.rows];
     let rows = RowsMut::new(&mut out, w.rows);
-    matmul_quantised(isa, &mut activations, Rows::new(x, w.cols), &w.matrix(), bias, rows);
+    matmul_with(isa, Some(&mut activations), Rows::new(x, w.cols), &w.matrix(), bias, rows);
     out
 }
 
@@ -107,7 +108,10 @@ fn what_is_not_finite_stays_visible() {
         let mut x: Vec<f32> = (0..64).map(|_| random.value()).collect();
         x[40] = bad;
         for isa in Isa::available() {
-            assert!(product(isa, Precision::Int16, &x, &w, None).iter().all(|y| y.is_nan()), "{bad} on {isa:?}");
+            assert!(
+                product(isa, Precision::Int16, &x, &w, None).iter().all(|y| y.is_nan()),
+                "{bad} on {isa:?}"
+            );
         }
     }
     for tiny in [0.0, 1e-38, 1e-42] {

@@ -1,5 +1,7 @@
 //! The seam between what decides (engine) and what computes (runners): a [`Batch`] in, logits out.
 
+use kernels::quantised::Precision;
+
 use crate::batch::Batch;
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -9,9 +11,12 @@ use crate::error::Result;
 pub enum Numerics {
     /// f32 throughout, weights dequantised exactly, cache in f32.
     Reference,
-    /// The precision the model was published for: cache in bf16. Products still take f32
-    /// activations, which is finer than the mode allows.
+    /// At least the precision the model was published for: cache in bf16; activations in 16-bit whole numbers
+    /// with a scale per 32 values where weights have 4 or 8 bits ([`kernels::quantised`]: finer than bf16), in
+    /// f32 elsewhere.
     Model,
+    /// Coarser, asked for by name (`--activations int8`): as `Model`, with 8 bits instead of 16.
+    Int8Activations,
 }
 
 impl Numerics {
@@ -20,6 +25,16 @@ impl Numerics {
         match self {
             Self::Reference => "reference",
             Self::Model => "model",
+            Self::Int8Activations => "model+int8-activations",
+        }
+    }
+
+    /// Bits of activations that meet weights of 4 or 8 bits; none if those are dequantised.
+    pub fn precision(self) -> Option<Precision> {
+        match self {
+            Self::Reference => None,
+            Self::Model => Some(Precision::Int16),
+            Self::Int8Activations => Some(Precision::Int8),
         }
     }
 }

@@ -2,7 +2,9 @@
 //! are widened to f32 once; matrices never are.
 
 use half::{bf16, f16};
-use kernels::format::{Matrix, Values};
+use kernels::format::{GROUP, Matrix, Values};
+use kernels::quantised::to_q8;
+use kernels::simd::Isa;
 use safetensors::tensor::Dtype;
 
 use crate::checkpoint::{Bytes, Checkpoint};
@@ -30,6 +32,7 @@ enum Parts {
     Fp8 { values: Bytes, scales: Bytes },
     Int4 { packed: Bytes, scales: Bytes },
     Mxfp4 { blocks: Bytes, scales: Bytes },
+    Q8 { codes: Bytes, scales: Bytes },
 }
 
 impl Weight {
@@ -48,8 +51,28 @@ impl Weight {
             Parts::Mxfp4 { blocks, scales } => {
                 Values::Mxfp4 { blocks: blocks.as_slice(), scales: scales.as_slice() }
             }
+            Parts::Q8 { codes, scales } => Values::Q8 { codes: codes.as_slice(), scales: scales.as_slice() },
         };
         Matrix { values, first_row: self.first_row, rows: self.rows, cols: self.cols }
+    }
+
+    /// Bytes of a weight of floats; 0 for others.
+    fn bytes(&self) -> usize {
+        match &self.parts {
+            Parts::F32(bytes) | Parts::F16(bytes) | Parts::Bf16(bytes) => bytes.as_slice().len(),
+            _ => 0,
+        }
+    }
+
+    /// Whether both are the same bytes.
+    fn is_same(&self, other: &Self) -> bool {
+        match (&self.parts, &other.parts) {
+            (
+                Parts::F32(a) | Parts::F16(a) | Parts::Bf16(a),
+                Parts::F32(b) | Parts::F16(b) | Parts::Bf16(b),
+            ) => std::ptr::eq(a.as_slice(), b.as_slice()),
+            _ => false,
+        }
     }
 
     /// Stored rows.
@@ -60,6 +83,22 @@ impl Weight {
     /// Stored columns.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// Floats in whole groups, not a part of a tensor.
+    fn can_be_q8(&self) -> bool {
+        self.bytes() > 0 && self.cols.is_multiple_of(GROUP) && self.first_row == 0
+    }
+
+    /// Replaces floats by an 8-bit copy ([`to_q8`]).
+    fn copy_to_q8(&mut self, isa: Isa) {
+        let (Parts::F32(bytes) | Parts::F16(bytes) | Parts::Bf16(bytes)) = &self.parts else { return };
+        if self.can_be_q8() {
+            let replaced = bytes.clone();
+            let (codes, scales) = to_q8(isa, &self.view());
+            self.parts = Parts::Q8 { codes: Bytes::owned(codes), scales: Bytes::owned(scales) };
+            replaced.release();
+        }
     }
 
     fn slice(&self, start: usize, rows: usize) -> Self {
@@ -244,6 +283,64 @@ impl ModelWeights {
         };
         let layers = config.layers.iter().map(|layer| loader.layer(layer)).collect::<Result<_>>()?;
         Ok(Self { embedding, final_norm: loader.vector(&config.final_norm)?, head, layers, skipped })
+    }
+}
+
+/// What 8-bit copies take, and what they stand for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Q8Copy {
+    /// Allocated bytes.
+    pub copied_bytes: usize,
+    /// Mapped bytes that are no longer read.
+    pub replaced_bytes: usize,
+}
+
+impl ModelWeights {
+    /// Replaces the float weights of attention, dense and shared experts and the head by 8-bit copies
+    /// (`--dense-format q8`). Left as they are: the router, W_UK and W_UV, which are applied per head, and the
+    /// embedding, of which a token reads one row.
+    pub fn copy_dense_to_q8(&mut self, isa: Isa) {
+        self.dense(&mut |weight| weight.copy_to_q8(isa));
+    }
+
+    /// What [`ModelWeights::copy_dense_to_q8`] will take.
+    pub fn plan_q8(&mut self) -> Q8Copy {
+        let mut total = Q8Copy::default();
+        let tied = self.head.is_same(&self.embedding);
+        let (values, bytes) = (self.head.rows * self.head.cols, self.head.bytes());
+        self.dense(&mut |weight| {
+            if weight.can_be_q8() {
+                let groups = weight.rows * weight.cols / GROUP;
+                total.copied_bytes += groups * (GROUP + 2);
+                total.replaced_bytes += weight.bytes();
+            }
+        });
+        if tied && values > 0 && self.head.can_be_q8() {
+            // The embedding is still read where it is.
+            total.replaced_bytes -= bytes;
+        }
+        total
+    }
+
+    fn dense(&mut self, f: &mut dyn FnMut(&mut Weight)) {
+        for layer in &mut self.layers {
+            let mixer = match &mut layer.mixer {
+                MixerWeights::Gqa(w) => vec![&mut w.q, &mut w.k, &mut w.v, &mut w.o],
+                MixerWeights::Mla(w) => match &mut w.query {
+                    MlaQueryWeights::Direct(q) => vec![q, &mut w.kv_a, &mut w.o],
+                    MlaQueryWeights::LowRank { a, b, .. } => vec![a, b, &mut w.kv_a, &mut w.o],
+                },
+            };
+            mixer.into_iter().for_each(|linear| f(&mut linear.weight));
+            let mlp = match &mut layer.ffn {
+                FfnWeights::Dense(mlp) => Some(mlp),
+                FfnWeights::Moe(moe) => moe.shared.as_mut(),
+            };
+            if let Some(MlpWeights { gate, up, down }) = mlp {
+                [gate, up, down].into_iter().for_each(|linear| f(&mut linear.weight));
+            }
+        }
+        f(&mut self.head);
     }
 }
 

@@ -70,7 +70,9 @@ impl Dispatch {
             places: vec![0; pairs],
             inner: vec![0.0; pairs * limits.inter],
             outer: vec![0.0; pairs * limits.hidden],
-            activations: limits.precision.map(|p| Activations::new(p, pairs, limits.hidden.max(limits.inter))),
+            activations: limits
+                .precision
+                .map(|p| Activations::new(p, pairs, limits.hidden.max(limits.inter))),
         }
     }
 
@@ -169,7 +171,9 @@ fn run_some<'w>(
         ffn
     };
     let columns = |work: usize, width: usize, least: usize| {
-        matmul::pieces(work * pairs, (1, active.len() * width.next_multiple_of(least)), (1, least)).1.min(width)
+        matmul::pieces(work * pairs, (1, active.len() * width.next_multiple_of(least)), (1, least))
+            .1
+            .min(width)
     };
     let (gate_up_work, down_work) = example.work();
     let mut activations = dispatch.activations.as_mut();
@@ -182,7 +186,8 @@ fn run_some<'w>(
     let cut = columns(gate_up_work, inter, BLOCK);
     // All experts of a single token take the same row.
     let one = [0];
-    let (picks, bands): (&[u32], _) = if x.count() == 1 { (&one, Bands::Every(1)) } else { (tokens, Bands::At(firsts)) };
+    let (picks, bands): (&[u32], _) =
+        if x.count() == 1 { (&one, Bands::Every(1)) } else { (tokens, Bands::At(firsts)) };
     let packed = packing(|ffn| is_quantised(ffn.first())).and_then(|example| {
         let x = Input { x, picks: Some(picks) };
         activations.as_deref_mut()?.pack(isa, x, example.first(), bands)

@@ -96,7 +96,13 @@ impl Activations {
     }
 
     /// Packs `x` for products with weights like `w`; none if they are of floats.
-    pub(crate) fn pack(&mut self, isa: Isa, x: Input<'_>, w: &Matrix<'_>, bands: Bands<'_>) -> Option<PackedRows<'_>> {
+    pub(crate) fn pack(
+        &mut self,
+        isa: Isa,
+        x: Input<'_>,
+        w: &Matrix<'_>,
+        bands: Bands<'_>,
+    ) -> Option<PackedRows<'_>> {
         let packing = Packing::of(w, self.precision)?;
         let columns = x.x.width();
         let data = &mut self.data[..packing.row(columns) * x.count()];

@@ -38,6 +38,7 @@ pub struct Bytes {
 enum Source {
     Mapped(memmap2::Mmap),
     Static(&'static [u8]),
+    Owned(Vec<u8>),
 }
 
 impl Bytes {
@@ -46,8 +47,28 @@ impl Bytes {
         let all: &[u8] = match &*self.source {
             Source::Mapped(map) => map,
             Source::Static(bytes) => bytes,
+            Source::Owned(bytes) => bytes,
         };
         &all[self.start..self.start + self.len]
+    }
+
+    /// Bytes of our own.
+    pub fn owned(bytes: Vec<u8>) -> Self {
+        let len = bytes.len();
+        Self { source: Arc::new(Source::Owned(bytes)), start: 0, len }
+    }
+
+    /// Tells the system that mapped bytes will not be needed again: they stop counting as resident. They can
+    /// still be read.
+    pub fn release(&self) {
+        if let Source::Mapped(map) = &*self.source {
+            // SAFETY: the map is of a file and read only: dropped pages are read again from the file.
+            let advised = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.start, self.len)
+            };
+            // Advice: without it the pages go when memory is short.
+            drop(advised);
+        }
     }
 }
 
@@ -236,9 +257,10 @@ impl Checkpoint {
     /// Maps one file and takes its tensors; `wanted` is what the index says is in it.
     fn add_shard(&mut self, name: &str, wanted: Option<&[&str]>) -> Result<()> {
         let source = Arc::new(self.source(name)?);
-        let all = match &*source {
-            Source::Mapped(map) => &map[..],
+        let all: &[u8] = match &*source {
+            Source::Mapped(map) => map,
             Source::Static(bytes) => bytes,
+            Source::Owned(bytes) => bytes,
         };
         let entries = safetensors::parse(name, all)?;
         for tensor in wanted.unwrap_or_default() {

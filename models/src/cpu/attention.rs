@@ -3,15 +3,14 @@
 use kernels::attention::{
     CacheMut, CacheSlice, Gqa as GqaShape, Mla as MlaShape, Pages, Queries, gqa, mla, write_rows,
 };
-use kernels::matmul::{Heads, matmul, matmul_heads, matmul_transposed_heads};
+use kernels::matmul::{Heads, matmul_heads, matmul_transposed_heads};
 use kernels::norm::{rms_norm_in_place, rms_norm_rows_in_place};
 use kernels::rows::{Rows, RowsMut};
-use kernels::simd::Isa;
 
 use super::{Angles, Step};
 use crate::config::{CacheRows, Gqa, Mixer, Mla, MlaQuery, ModelConfig, QkNorm};
-use crate::runner::{Capacity, Component, Numerics, Probe};
-use crate::weights::{GqaWeights, LinearWeights, MixerWeights, MlaQueryWeights, MlaWeights};
+use crate::runner::{Capacity, Component, Numerics};
+use crate::weights::{GqaWeights, MixerWeights, MlaQueryWeights, MlaWeights};
 
 /// One layer's cache: one store per kind of row the layer caches.
 pub struct LayerCache {
@@ -35,7 +34,7 @@ impl LayerCache {
             width,
             values: match numerics {
                 Numerics::Reference => StoreValues::F32(vec![0.0; slots * width]),
-                Numerics::Model => StoreValues::Bf16(vec![0; slots * width]),
+                Numerics::Model | Numerics::Int8Activations => StoreValues::Bf16(vec![0; slots * width]),
             },
         };
         Self { stores: rows.widths().iter().map(store).collect() }
@@ -142,31 +141,19 @@ impl AttentionScratch {
     }
 
     /// `out = mixer(x)`, both `[tokens, hidden]`; writes the new rows of `cache`.
-    pub fn run(
-        &mut self,
-        step: &Step,
-        probe: &mut dyn Probe,
-        cache: &mut LayerCache,
-        x: &[f32],
-        out: &mut [f32],
-    ) {
-        probe.enter(step.index, Component::AttentionProjections);
+    pub fn run(&mut self, step: &mut Step<'_>, cache: &mut LayerCache, x: &[f32], out: &mut [f32]) {
+        step.enter(Component::AttentionProjections);
         match (&step.layer.mixer, &step.weights.mixer) {
-            (Mixer::Gqa(gqa), MixerWeights::Gqa(weights)) => {
-                self.gqa(step, (gqa, weights), probe, cache, x, out)
-            }
-            (Mixer::Mla(mla), MixerWeights::Mla(weights)) => {
-                self.mla(step, (mla, weights), probe, cache, x, out)
-            }
+            (Mixer::Gqa(gqa), MixerWeights::Gqa(weights)) => self.gqa(step, (gqa, weights), cache, x, out),
+            (Mixer::Mla(mla), MixerWeights::Mla(weights)) => self.mla(step, (mla, weights), cache, x, out),
             _ => unreachable!("weights are loaded from the same description"),
         }
     }
 
     fn gqa(
         &mut self,
-        step: &Step,
+        step: &mut Step<'_>,
         (spec, weights): (&Gqa, &GqaWeights),
-        probe: &mut dyn Probe,
         cache: &mut LayerCache,
         x: &[f32],
         out: &mut [f32],
@@ -177,11 +164,11 @@ impl AttentionScratch {
         let query = &mut self.query[..tokens * q_width];
         let key = &mut self.key[..tokens * kv_width];
         let value = &mut self.value[..tokens * kv_width];
-        linear(isa, x, &weights.q, query);
-        linear(isa, x, &weights.k, key);
-        linear(isa, x, &weights.v, value);
+        step.linear(x, &weights.q, query);
+        step.linear(x, &weights.k, key);
+        step.linear(x, &weights.v, value);
 
-        probe.enter(step.index, Component::Other);
+        step.enter(Component::Other);
         let epsilon = step.config.norm_epsilon;
         let mut norm = |q_width: usize, k_width: usize| {
             rms_norm_in_place(isa, query, weights.q_norm.as_deref(), epsilon, q_width);
@@ -206,7 +193,7 @@ impl AttentionScratch {
         values.write(&step.batch.slots, value);
         let shape = gqa_shape(spec, weights.sinks.as_deref());
         let mixed = &mut self.mixed[..tokens * q_width];
-        probe.enter(step.index, Component::Attention);
+        step.enter(Component::Attention);
         for span in &step.batch.sequences {
             let rows = span.first * q_width..(span.first + span.tokens) * q_width;
             let first_position = step.batch.positions[span.first] as usize;
@@ -215,15 +202,14 @@ impl AttentionScratch {
             let pages = (&keys.pages(table), &values.pages(table));
             gqa(isa, &shape, queries, pages, &mut self.spans, &mut mixed[rows]);
         }
-        probe.enter(step.index, Component::AttentionProjections);
-        linear(isa, mixed, &weights.o, out);
+        step.enter(Component::AttentionProjections);
+        step.linear(mixed, &weights.o, out);
     }
 
     fn mla(
         &mut self,
-        step: &Step,
+        step: &mut Step<'_>,
         (spec, weights): (&Mla, &MlaWeights),
-        probe: &mut dyn Probe,
         cache: &mut LayerCache,
         x: &[f32],
         out: &mut [f32],
@@ -234,19 +220,19 @@ impl AttentionScratch {
         let head_width = spec.nope_dim + spec.rope_dim;
         let projected = &mut self.projected[..tokens * heads * head_width];
         match &weights.query {
-            MlaQueryWeights::Direct(q) => linear(isa, x, q, projected),
+            MlaQueryWeights::Direct(q) => step.linear(x, q, projected),
             MlaQueryWeights::LowRank { a, norm, b } => {
                 let width = a.weight.rows();
                 let low_rank = &mut self.low_rank[..tokens * width];
-                linear(isa, x, a, low_rank);
+                step.linear(x, a, low_rank);
                 rms_norm_in_place(isa, low_rank, Some(norm), spec.latent_epsilon, width);
-                linear(isa, low_rank, b, projected);
+                step.linear(low_rank, b, projected);
             }
         }
         // The new cache rows: latent, normed, then the key part that all heads share, rotated.
         let key = &mut self.key[..tokens * row];
-        linear(isa, x, &weights.kv_a, key);
-        probe.enter(step.index, Component::Other);
+        step.linear(x, &weights.kv_a, key);
+        step.enter(Component::Other);
         let latent = RowsMut::strided(key, tokens, row, rank);
         rms_norm_rows_in_place(isa, latent, Some(&weights.kv_norm), spec.latent_epsilon);
         if let Some(angles) = step.angles {
@@ -264,9 +250,9 @@ impl AttentionScratch {
         let w_uk = Heads { count: heads, x_step: head_width, w_step, out_step: row };
         let nope = Rows::new(projected, heads * head_width);
         let absorbed = RowsMut::new(query, heads * row);
-        probe.enter(step.index, Component::AttentionProjections);
+        step.enter(Component::AttentionProjections);
         matmul_transposed_heads(isa, &w_uk, nope, &kv_b.slice(0, spec.nope_dim), absorbed);
-        probe.enter(step.index, Component::Other);
+        step.enter(Component::Other);
         let pairs = query.chunks_exact_mut(row).zip(projected.chunks_exact(head_width));
         for (index, (query, projected)) in pairs.enumerate() {
             query[rank..].copy_from_slice(&projected[spec.nope_dim..]);
@@ -276,7 +262,7 @@ impl AttentionScratch {
         }
 
         let mixed = &mut self.mixed[..tokens * heads * rank];
-        probe.enter(step.index, Component::Attention);
+        step.enter(Component::Attention);
         for span in &step.batch.sequences {
             let rows = |width: usize| span.first * width..(span.first + span.tokens) * width;
             let first_position = step.batch.positions[span.first] as usize;
@@ -284,7 +270,7 @@ impl AttentionScratch {
             let pages = latents.pages(step.batch.table(span));
             mla(isa, &mla_shape(spec), queries, &pages, &mut self.spans, &mut mixed[rows(heads * rank)]);
         }
-        probe.enter(step.index, Component::AttentionProjections);
+        step.enter(Component::AttentionProjections);
         let values = &mut self.heads[..tokens * heads * spec.value_dim];
         let w_uv = Heads { count: heads, x_step: rank, w_step, out_step: spec.value_dim };
         let rows = RowsMut::new(values, heads * spec.value_dim);
@@ -295,12 +281,8 @@ impl AttentionScratch {
             &kv_b.slice(spec.nope_dim, spec.value_dim),
             rows,
         );
-        linear(isa, values, &weights.o, out);
+        step.linear(values, &weights.o, out);
     }
-}
-
-fn linear(isa: Isa, x: &[f32], weights: &LinearWeights, out: &mut [f32]) {
-    matmul(isa, x, &weights.weight.view(), weights.bias.as_deref(), out);
 }
 
 fn rotate_heads(angles: &Angles, rows: &mut [f32], width: usize, head_dim: usize) {

@@ -9,7 +9,7 @@ use kernels::rows::add;
 
 use super::Step;
 use crate::config::{Ffn, Mlp, ModelConfig, Moe};
-use crate::runner::{Capacity, Component, Probe};
+use crate::runner::{Capacity, Component, Numerics};
 use crate::weights::{ExpertWeights, FfnWeights, GateUpWeights, MlpWeights, MoeWeights};
 
 /// Tokens whose expert outputs are held at a time. Bounds the memory of long prompts; enough that
@@ -47,7 +47,7 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn of(config: &ModelConfig, tokens: usize) -> Self {
+    fn of(config: &ModelConfig, numerics: Numerics, tokens: usize) -> Self {
         let mut sizes = Self::default();
         for layer in &config.layers {
             let (mlp, moe) = match &layer.ffn {
@@ -70,6 +70,7 @@ impl Sizes {
                     experts: moe.rule.experts,
                     hidden: config.hidden,
                     inter: moe.intermediate,
+                    precision: numerics.precision(),
                 }
             });
             let index = limits.map(|limits| {
@@ -86,9 +87,9 @@ impl Sizes {
 }
 
 impl FfnScratch {
-    pub fn new(config: &ModelConfig, capacity: &Capacity) -> Self {
+    pub fn new(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> Self {
         let tokens = capacity.batch_tokens;
-        let sizes = Sizes::of(config, tokens);
+        let sizes = Sizes::of(config, numerics, tokens);
         Self {
             inner: vec![0.0; sizes.inner],
             shared: vec![0.0; sizes.shared],
@@ -102,59 +103,58 @@ impl FfnScratch {
     }
 
     /// Bytes of all buffers.
-    pub fn bytes(config: &ModelConfig, capacity: &Capacity) -> usize {
+    pub fn bytes(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> usize {
         let tokens = capacity.batch_tokens;
-        let sizes = Sizes::of(config, tokens);
+        let sizes = Sizes::of(config, numerics, tokens);
         let values = sizes.inner + sizes.shared + tokens * (sizes.experts + 2 * sizes.top_k) + sizes.router;
         4 * values + sizes.limits.iter().map(DispatchLimits::bytes).sum::<usize>()
     }
 
     /// `out = ffn(x)`, both `[tokens, hidden]`.
-    pub fn run(&mut self, step: &Step, probe: &mut dyn Probe, x: &[f32], out: &mut [f32]) {
+    pub fn run(&mut self, step: &mut Step<'_>, x: &[f32], out: &mut [f32]) {
         match (&step.layer.ffn, &step.weights.ffn) {
             (Ffn::Dense(mlp), FfnWeights::Dense(weights)) => {
-                probe.enter(step.index, Component::DenseFfn);
-                ffn(step.isa, x, &mlp_view(mlp, weights), &mut self.inner, out);
+                step.enter(Component::DenseFfn);
+                step.ffn(x, &mlp_view(mlp, weights), &mut self.inner, out);
             }
-            (Ffn::Moe(moe), FfnWeights::Moe(weights)) => self.moe(step, probe, (moe, weights), x, out),
+            (Ffn::Moe(moe), FfnWeights::Moe(weights)) => self.moe(step, (moe, weights), x, out),
             _ => unreachable!("weights are loaded from the same description"),
         }
     }
 
-    fn moe(
-        &mut self,
-        step: &Step,
-        probe: &mut dyn Probe,
-        moe: (&Moe, &MoeWeights),
-        x: &[f32],
-        out: &mut [f32],
-    ) {
+    fn moe(&mut self, step: &mut Step<'_>, moe: (&Moe, &MoeWeights), x: &[f32], out: &mut [f32]) {
         let (moe, weights) = moe;
         let rule = &moe.rule;
         let tokens = step.batch.tokens.len();
         let logits = &mut self.logits[..tokens * rule.experts];
         let ids = &mut self.ids[..tokens * rule.top_k];
         let chosen = &mut self.weights[..tokens * rule.top_k];
-        probe.enter(step.index, Component::Router);
+        step.enter(Component::Router);
         matmul(step.isa, x, &weights.router.weight.view(), weights.router.bias.as_deref(), logits);
         let rows = ids.chunks_exact_mut(rule.top_k).zip(chosen.chunks_exact_mut(rule.top_k));
         for (logits, (ids, chosen)) in logits.chunks_exact(rule.experts).zip(rows) {
             let bias = weights.selection_bias.as_deref();
             route(step.isa, rule, logits, bias, &mut self.router, ids, chosen);
         }
-        probe.routing(step.index, rule.top_k, ids, chosen);
-        probe.enter(step.index, Component::RoutedExperts);
+        step.probe.routing(step.index, rule.top_k, ids, chosen);
+        step.enter(Component::RoutedExperts);
 
         let dispatch = self.by_layer[step.index].map(|index| &mut self.dispatches[index]);
         let dispatch = dispatch.expect("a layer with experts has a dispatch");
         let lookup = |id: u32| expert_view(moe, &weights.experts[id as usize]);
         run_experts(step.isa, Routed { x, ids, weights: chosen }, &lookup, dispatch, out);
         if let (Some(mlp), Some(weights)) = (&moe.shared, &weights.shared) {
-            probe.enter(step.index, Component::SharedExpert);
+            step.enter(Component::SharedExpert);
             let shared = &mut self.shared[..out.len()];
-            ffn(step.isa, x, &mlp_view(mlp, weights), &mut self.inner, shared);
+            step.ffn(x, &mlp_view(mlp, weights), &mut self.inner, shared);
             add(out, shared);
         }
+    }
+}
+
+impl Step<'_> {
+    fn ffn(&mut self, x: &[f32], weights: &ExpertFfn<'_>, inner: &mut [f32], out: &mut [f32]) {
+        ffn(self.isa, x, weights, self.activations.as_deref_mut(), inner, out);
     }
 }
 

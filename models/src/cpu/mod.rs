@@ -12,10 +12,11 @@ mod scratch;
 use std::sync::Arc;
 
 use kernels::attention::PAGE;
-use kernels::matmul::{dequantize_row, matmul};
+use kernels::matmul::{dequantize_row, matmul_with};
 use kernels::norm::rms_norm;
+use kernels::quantised::Activations;
 use kernels::rope::fill_cos_sin;
-use kernels::rows::add;
+use kernels::rows::{Rows, RowsMut, add};
 use kernels::simd::Isa;
 use kernels::team::hold;
 
@@ -24,6 +25,7 @@ use crate::batch::Batch;
 use crate::config::{LayerSpec, Mixer, ModelConfig, Rope};
 use crate::error::Result;
 use crate::runner::{Capacity, Component, Numerics, Point, Probe, Runner};
+use crate::weights::LinearWeights;
 use attention::LayerCache;
 use scratch::Scratch;
 
@@ -51,7 +53,7 @@ impl CpuRunner {
         let caches = config.layers.iter().map(|layer| LayerCache::new(layer.cache_rows(), slots, numerics));
         let caches = caches.collect();
         let rotations = Rotations::new(config, capacity.batch_tokens);
-        let scratch = Scratch::new(config, &capacity);
+        let scratch = Scratch::new(config, numerics, &capacity);
         Self { isa, numerics, capacity, caches, rotations, scratch, model }
     }
 
@@ -59,10 +61,10 @@ impl CpuRunner {
     pub fn plan(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> (usize, usize) {
         let value = match numerics {
             Numerics::Reference => 4,
-            Numerics::Model => 2,
+            Numerics::Model | Numerics::Int8Activations => 2,
         };
         let cache = config.cache_values_per_token() * value * capacity.blocks * PAGE;
-        (cache, Scratch::bytes(config, capacity))
+        (cache, Scratch::bytes(config, numerics, capacity))
     }
 }
 
@@ -96,7 +98,8 @@ impl CpuRunner {
             return;
         }
         rotations.fill(&batch.positions);
-        let Scratch { stream, normed, output, attention, ffn, last } = scratch;
+        let Scratch { stream, normed, output, attention, ffn, last, activations } = scratch;
+        let mut activations = activations.as_mut();
         let stream = &mut stream[..tokens * hidden];
         let normed = &mut normed[..tokens * hidden];
         let output = &mut output[..tokens * hidden];
@@ -109,21 +112,22 @@ impl CpuRunner {
 
         for (index, (layer, layer_weights)) in config.layers.iter().zip(&weights.layers).enumerate() {
             let angles = rotations.of(index);
-            let step = Step { isa, config, layer, weights: layer_weights, batch, index, angles };
-            rms_norm(isa, stream, Some(&layer_weights.input_norm), config.norm_epsilon, hidden, normed);
-            report(probe, index, Point::MixerNorm, normed);
-            attention.run(&step, probe, &mut caches[index], normed, output);
-            probe.enter(index, Component::Other);
-            report(probe, index, Point::MixerOut, output);
+            let (weights, activations) = (layer_weights, activations.as_deref_mut());
+            let step = &mut Step { isa, config, layer, weights, batch, index, angles, activations, probe };
+            rms_norm(isa, stream, Some(&weights.input_norm), config.norm_epsilon, hidden, normed);
+            report(step.probe, index, Point::MixerNorm, normed);
+            attention.run(step, &mut caches[index], normed, output);
+            step.enter(Component::Other);
+            report(step.probe, index, Point::MixerOut, output);
             add(stream, output);
 
-            rms_norm(isa, stream, Some(&layer_weights.post_norm), config.norm_epsilon, hidden, normed);
-            report(probe, index, Point::FfnNorm, normed);
-            ffn.run(&step, probe, normed, output);
-            probe.enter(index, Component::Other);
-            report(probe, index, Point::FfnOut, output);
+            rms_norm(isa, stream, Some(&weights.post_norm), config.norm_epsilon, hidden, normed);
+            report(step.probe, index, Point::FfnNorm, normed);
+            ffn.run(step, normed, output);
+            step.enter(Component::Other);
+            report(step.probe, index, Point::FfnOut, output);
             add(stream, output);
-            report(probe, index, Point::LayerOut, stream);
+            report(step.probe, index, Point::LayerOut, stream);
         }
 
         if batch.logit_rows.is_empty() {
@@ -137,7 +141,8 @@ impl CpuRunner {
         rms_norm(isa, last, Some(&weights.final_norm), config.norm_epsilon, hidden, normed);
         report(probe, config.layers.len() - 1, Point::FinalNorm, normed);
         probe.enter(config.layers.len() - 1, Component::Head);
-        matmul(isa, normed, &weights.head.view(), None, logits);
+        let (x, out) = (Rows::new(normed, hidden), RowsMut::new(logits, config.vocab));
+        matmul_with(isa, activations, x, &weights.head.view(), None, out);
     }
 }
 
@@ -156,6 +161,22 @@ struct Step<'a> {
     batch: &'a Batch,
     index: usize,
     angles: Option<Angles<'a>>,
+    /// Room for packed rows, unless everything is computed in f32.
+    activations: Option<&'a mut Activations>,
+    probe: &'a mut dyn Probe,
+}
+
+impl Step<'_> {
+    fn enter(&mut self, component: Component) {
+        self.probe.enter(self.index, component);
+    }
+
+    /// `out` = the linear map of x: `[tokens, in]` to `[tokens, out]`.
+    fn linear(&mut self, x: &[f32], weights: &LinearWeights, out: &mut [f32]) {
+        let w = weights.weight.view();
+        let (x, out) = (Rows::new(x, w.cols), RowsMut::new(out, w.rows));
+        matmul_with(self.isa, self.activations.as_deref_mut(), x, &w, weights.bias.as_deref(), out);
+    }
 }
 
 /// Cosines and sines of one step's positions, once for every distinct rotation of the model.

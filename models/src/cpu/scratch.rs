@@ -2,8 +2,9 @@
 
 use super::attention::AttentionScratch;
 use super::ffn::FfnScratch;
-use crate::config::ModelConfig;
-use crate::runner::Capacity;
+use crate::config::{Ffn, Mixer, MlaQuery, ModelConfig};
+use crate::runner::{Capacity, Numerics};
+use kernels::quantised::Activations;
 
 /// Buffers of one forward pass; all are `[tokens, hidden]` unless said otherwise.
 pub struct Scratch {
@@ -17,10 +18,13 @@ pub struct Scratch {
     pub last: Vec<f32>,
     pub attention: AttentionScratch,
     pub ffn: FfnScratch,
+    /// Packed rows of the widest product.
+    pub activations: Option<Activations>,
 }
 
 impl Scratch {
-    pub fn new(config: &ModelConfig, capacity: &Capacity) -> Self {
+    pub fn new(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> Self {
+        let widest = widest_input(config);
         let rows = vec![0.0; capacity.batch_tokens * config.hidden];
         Self {
             stream: rows.clone(),
@@ -28,12 +32,35 @@ impl Scratch {
             output: rows,
             last: vec![0.0; capacity.logit_rows * config.hidden],
             attention: AttentionScratch::new(config, capacity),
-            ffn: FfnScratch::new(config, capacity),
+            ffn: FfnScratch::new(config, numerics, capacity),
+            activations: numerics.precision().map(|p| Activations::new(p, capacity.batch_tokens, widest)),
         }
     }
 
-    pub fn bytes(config: &ModelConfig, capacity: &Capacity) -> usize {
+    pub fn bytes(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> usize {
         let rows = (3 * capacity.batch_tokens + capacity.logit_rows) * config.hidden * 4;
-        rows + AttentionScratch::bytes(config, capacity) + FfnScratch::bytes(config, capacity)
+        let widest = widest_input(config);
+        let packed = numerics.precision().map(|p| Activations::bytes(p, capacity.batch_tokens, widest));
+        let parts = AttentionScratch::bytes(config, capacity) + FfnScratch::bytes(config, numerics, capacity);
+        rows + parts + packed.unwrap_or(0)
     }
+}
+
+/// Columns of the widest weight outside the routed experts.
+fn widest_input(config: &ModelConfig) -> usize {
+    let widths = config.layers.iter().flat_map(|layer| {
+        let mixer = match &layer.mixer {
+            Mixer::Gqa(gqa) => gqa.heads * gqa.head_dim,
+            Mixer::Mla(mla) => match &mla.query {
+                MlaQuery::Direct(_) => mla.heads * mla.value_dim,
+                MlaQuery::LowRank { b, .. } => b.cols.max(mla.heads * mla.value_dim),
+            },
+        };
+        let mlp = match &layer.ffn {
+            Ffn::Dense(mlp) => Some(mlp),
+            Ffn::Moe(moe) => moe.shared.as_ref(),
+        };
+        [mixer, mlp.map_or(0, |mlp| mlp.down.cols)]
+    });
+    widths.fold(config.hidden, usize::max)
 }

@@ -114,6 +114,7 @@ fn address(values: &Values<'_>) -> usize {
         Values::Fp8 { values, .. } => values,
         Values::Int4 { packed, .. } => packed,
         Values::Mxfp4 { blocks, .. } => blocks,
+        Values::Q8 { codes, .. } => codes,
     };
     bytes.as_ptr() as usize
 }
@@ -166,6 +167,13 @@ fn dequantise_row(matrix: &Matrix<'_>, row: usize, out: &mut [f32]) {
             for (col, out) in out.iter_mut().enumerate() {
                 let scale = bf16::from_le_bytes(scales[(start + col) / GROUP]).to_f32();
                 *out = (f32::from(nibble(packed, start + col)) - 8.0) * scale;
+            }
+        }
+        Values::Q8 { codes, scales } => {
+            let scales = scales.as_chunks().0;
+            for (col, out) in out.iter_mut().enumerate() {
+                let scale = bf16::from_le_bytes(scales[(start + col) / GROUP]).to_f32();
+                *out = (f32::from(codes[start + col]) - 128.0) * scale;
             }
         }
         Values::Mxfp4 { blocks, scales } => {
