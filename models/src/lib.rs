@@ -24,7 +24,7 @@ pub use batch::{Batch, WantLogits};
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
 pub use error::{Error, Result};
-pub use runner::{Capacity, NoProbe, Numerics, Point, Probe, Runner};
+pub use runner::{Capacity, Component, NoProbe, Numerics, Point, Probe, Runner};
 
 /// A checkpoint with its description and weights; what every runner is made from.
 pub struct Model {

@@ -89,6 +89,27 @@ impl Point {
     }
 }
 
+/// A part of a forward pass whose time `bench` shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Component {
+    /// Embedding rows, layer norms, residuals, rotations, cache writes: all that is none of the others.
+    Other,
+    /// Products with attention weights, W_UK and W_UV of latent attention included.
+    AttentionProjections,
+    /// Scores, softmax and values over the cache.
+    Attention,
+    /// Router logits and the choice of experts.
+    Router,
+    /// Routed experts, grouping and combine included.
+    RoutedExperts,
+    /// The shared expert.
+    SharedExpert,
+    /// The MLP of a layer without experts.
+    DenseFfn,
+    /// The output head; the norm before it is [`Component::Other`].
+    Head,
+}
+
 /// Sees inside a forward pass.
 pub trait Probe: Send {
     /// Whether [`Probe::value`] wants this point; asked before any work for it.
@@ -98,6 +119,10 @@ pub trait Probe: Send {
 
     /// A value `[tokens, width]`.
     fn value(&mut self, _layer: usize, _point: Point, _values: &[f32]) {}
+
+    /// What the pass does from here on, until the next call or its end; a pass begins with
+    /// [`Component::Other`]. Called some ten times per layer, so it must be cheap.
+    fn enter(&mut self, _layer: usize, _component: Component) {}
 
     /// Routing of a layer with experts: ids `[tokens, top_k]` ascending per token, weights in the
     /// same order.

@@ -10,7 +10,7 @@ use kernels::simd::Isa;
 
 use super::{Angles, Step};
 use crate::config::{CacheRows, Gqa, Mixer, Mla, MlaQuery, ModelConfig, QkNorm};
-use crate::runner::{Capacity, Numerics};
+use crate::runner::{Capacity, Component, Numerics, Probe};
 use crate::weights::{GqaWeights, LinearWeights, MixerWeights, MlaQueryWeights, MlaWeights};
 
 /// One layer's cache: one store per kind of row the layer caches.
@@ -145,17 +145,18 @@ impl AttentionScratch {
     pub fn run(
         &mut self,
         step: &Step,
-        angles: Option<Angles>,
+        probe: &mut dyn Probe,
         cache: &mut LayerCache,
         x: &[f32],
         out: &mut [f32],
     ) {
+        probe.enter(step.index, Component::AttentionProjections);
         match (&step.layer.mixer, &step.weights.mixer) {
             (Mixer::Gqa(gqa), MixerWeights::Gqa(weights)) => {
-                self.gqa(step, (gqa, weights), angles, cache, x, out)
+                self.gqa(step, (gqa, weights), probe, cache, x, out)
             }
             (Mixer::Mla(mla), MixerWeights::Mla(weights)) => {
-                self.mla(step, (mla, weights), angles, cache, x, out)
+                self.mla(step, (mla, weights), probe, cache, x, out)
             }
             _ => unreachable!("weights are loaded from the same description"),
         }
@@ -165,7 +166,7 @@ impl AttentionScratch {
         &mut self,
         step: &Step,
         (spec, weights): (&Gqa, &GqaWeights),
-        angles: Option<Angles>,
+        probe: &mut dyn Probe,
         cache: &mut LayerCache,
         x: &[f32],
         out: &mut [f32],
@@ -180,6 +181,7 @@ impl AttentionScratch {
         linear(isa, x, &weights.k, key);
         linear(isa, x, &weights.v, value);
 
+        probe.enter(step.index, Component::Other);
         let epsilon = step.config.norm_epsilon;
         let mut norm = |q_width: usize, k_width: usize| {
             rms_norm_in_place(isa, query, weights.q_norm.as_deref(), epsilon, q_width);
@@ -190,7 +192,7 @@ impl AttentionScratch {
             QkNorm::Whole { .. } => norm(q_width, kv_width),
             QkNorm::None | QkNorm::PerHeadAfterRope { .. } => {}
         }
-        if let Some(angles) = angles {
+        if let Some(angles) = step.angles {
             rotate_heads(&angles, query, q_width, spec.head_dim);
             rotate_heads(&angles, key, kv_width, spec.head_dim);
         }
@@ -204,6 +206,7 @@ impl AttentionScratch {
         values.write(&step.batch.slots, value);
         let shape = gqa_shape(spec, weights.sinks.as_deref());
         let mixed = &mut self.mixed[..tokens * q_width];
+        probe.enter(step.index, Component::Attention);
         for span in &step.batch.sequences {
             let rows = span.first * q_width..(span.first + span.tokens) * q_width;
             let first_position = step.batch.positions[span.first] as usize;
@@ -212,6 +215,7 @@ impl AttentionScratch {
             let pages = (&keys.pages(table), &values.pages(table));
             gqa(isa, &shape, queries, pages, &mut self.spans, &mut mixed[rows]);
         }
+        probe.enter(step.index, Component::AttentionProjections);
         linear(isa, mixed, &weights.o, out);
     }
 
@@ -219,7 +223,7 @@ impl AttentionScratch {
         &mut self,
         step: &Step,
         (spec, weights): (&Mla, &MlaWeights),
-        angles: Option<Angles>,
+        probe: &mut dyn Probe,
         cache: &mut LayerCache,
         x: &[f32],
         out: &mut [f32],
@@ -242,9 +246,10 @@ impl AttentionScratch {
         // The new cache rows: latent, normed, then the key part that all heads share, rotated.
         let key = &mut self.key[..tokens * row];
         linear(isa, x, &weights.kv_a, key);
+        probe.enter(step.index, Component::Other);
         let latent = RowsMut::strided(key, tokens, row, rank);
         rms_norm_rows_in_place(isa, latent, Some(&weights.kv_norm), spec.latent_epsilon);
-        if let Some(angles) = angles {
+        if let Some(angles) = step.angles {
             for (token, key) in key.chunks_exact_mut(row).enumerate() {
                 angles.rotate(token, &mut key[rank..]);
             }
@@ -259,16 +264,19 @@ impl AttentionScratch {
         let w_uk = Heads { count: heads, x_step: head_width, w_step, out_step: row };
         let nope = Rows::new(projected, heads * head_width);
         let absorbed = RowsMut::new(query, heads * row);
+        probe.enter(step.index, Component::AttentionProjections);
         matmul_transposed_heads(isa, &w_uk, nope, &kv_b.slice(0, spec.nope_dim), absorbed);
+        probe.enter(step.index, Component::Other);
         let pairs = query.chunks_exact_mut(row).zip(projected.chunks_exact(head_width));
         for (index, (query, projected)) in pairs.enumerate() {
             query[rank..].copy_from_slice(&projected[spec.nope_dim..]);
-            if let Some(angles) = angles {
+            if let Some(angles) = step.angles {
                 angles.rotate(index / heads, &mut query[rank..]);
             }
         }
 
         let mixed = &mut self.mixed[..tokens * heads * rank];
+        probe.enter(step.index, Component::Attention);
         for span in &step.batch.sequences {
             let rows = |width: usize| span.first * width..(span.first + span.tokens) * width;
             let first_position = step.batch.positions[span.first] as usize;
@@ -276,6 +284,7 @@ impl AttentionScratch {
             let pages = latents.pages(step.batch.table(span));
             mla(isa, &mla_shape(spec), queries, &pages, &mut self.spans, &mut mixed[rows(heads * rank)]);
         }
+        probe.enter(step.index, Component::AttentionProjections);
         let values = &mut self.heads[..tokens * heads * spec.value_dim];
         let w_uv = Heads { count: heads, x_step: rank, w_step, out_step: spec.value_dim };
         let rows = RowsMut::new(values, heads * spec.value_dim);

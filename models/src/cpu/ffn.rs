@@ -9,7 +9,7 @@ use kernels::rows::add;
 
 use super::Step;
 use crate::config::{Ffn, Mlp, ModelConfig, Moe};
-use crate::runner::{Capacity, Probe};
+use crate::runner::{Capacity, Component, Probe};
 use crate::weights::{ExpertWeights, FfnWeights, GateUpWeights, MlpWeights, MoeWeights};
 
 /// Tokens whose expert outputs are held at a time. Bounds the memory of long prompts; enough that
@@ -113,6 +113,7 @@ impl FfnScratch {
     pub fn run(&mut self, step: &Step, probe: &mut dyn Probe, x: &[f32], out: &mut [f32]) {
         match (&step.layer.ffn, &step.weights.ffn) {
             (Ffn::Dense(mlp), FfnWeights::Dense(weights)) => {
+                probe.enter(step.index, Component::DenseFfn);
                 ffn(step.isa, x, &mlp_view(mlp, weights), &mut self.inner, out);
             }
             (Ffn::Moe(moe), FfnWeights::Moe(weights)) => self.moe(step, probe, (moe, weights), x, out),
@@ -134,6 +135,7 @@ impl FfnScratch {
         let logits = &mut self.logits[..tokens * rule.experts];
         let ids = &mut self.ids[..tokens * rule.top_k];
         let chosen = &mut self.weights[..tokens * rule.top_k];
+        probe.enter(step.index, Component::Router);
         matmul(step.isa, x, &weights.router.weight.view(), weights.router.bias.as_deref(), logits);
         let rows = ids.chunks_exact_mut(rule.top_k).zip(chosen.chunks_exact_mut(rule.top_k));
         for (logits, (ids, chosen)) in logits.chunks_exact(rule.experts).zip(rows) {
@@ -141,12 +143,14 @@ impl FfnScratch {
             route(step.isa, rule, logits, bias, &mut self.router, ids, chosen);
         }
         probe.routing(step.index, rule.top_k, ids, chosen);
+        probe.enter(step.index, Component::RoutedExperts);
 
         let dispatch = self.by_layer[step.index].map(|index| &mut self.dispatches[index]);
         let dispatch = dispatch.expect("a layer with experts has a dispatch");
         let lookup = |id: u32| expert_view(moe, &weights.experts[id as usize]);
         run_experts(step.isa, Routed { x, ids, weights: chosen }, &lookup, dispatch, out);
         if let (Some(mlp), Some(weights)) = (&moe.shared, &weights.shared) {
+            probe.enter(step.index, Component::SharedExpert);
             let shared = &mut self.shared[..out.len()];
             ffn(step.isa, x, &mlp_view(mlp, weights), &mut self.inner, shared);
             add(out, shared);

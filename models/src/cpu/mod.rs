@@ -23,7 +23,7 @@ use crate::Model;
 use crate::batch::Batch;
 use crate::config::{LayerSpec, Mixer, ModelConfig, Rope};
 use crate::error::Result;
-use crate::runner::{Capacity, Numerics, Point, Probe, Runner};
+use crate::runner::{Capacity, Component, Numerics, Point, Probe, Runner};
 use attention::LayerCache;
 use scratch::Scratch;
 
@@ -108,16 +108,19 @@ impl CpuRunner {
         report(probe, 0, Point::Embedding, stream);
 
         for (index, (layer, layer_weights)) in config.layers.iter().zip(&weights.layers).enumerate() {
-            let step = Step { isa, config, layer, weights: layer_weights, batch, index };
+            let angles = rotations.of(index);
+            let step = Step { isa, config, layer, weights: layer_weights, batch, index, angles };
             rms_norm(isa, stream, Some(&layer_weights.input_norm), config.norm_epsilon, hidden, normed);
             report(probe, index, Point::MixerNorm, normed);
-            attention.run(&step, rotations.of(index), &mut caches[index], normed, output);
+            attention.run(&step, probe, &mut caches[index], normed, output);
+            probe.enter(index, Component::Other);
             report(probe, index, Point::MixerOut, output);
             add(stream, output);
 
             rms_norm(isa, stream, Some(&layer_weights.post_norm), config.norm_epsilon, hidden, normed);
             report(probe, index, Point::FfnNorm, normed);
             ffn.run(&step, probe, normed, output);
+            probe.enter(index, Component::Other);
             report(probe, index, Point::FfnOut, output);
             add(stream, output);
             report(probe, index, Point::LayerOut, stream);
@@ -133,6 +136,7 @@ impl CpuRunner {
         let normed = &mut normed[..last.len().min(tokens * hidden)];
         rms_norm(isa, last, Some(&weights.final_norm), config.norm_epsilon, hidden, normed);
         report(probe, config.layers.len() - 1, Point::FinalNorm, normed);
+        probe.enter(config.layers.len() - 1, Component::Head);
         matmul(isa, normed, &weights.head.view(), None, logits);
     }
 }
@@ -151,6 +155,7 @@ struct Step<'a> {
     weights: &'a crate::weights::LayerWeights,
     batch: &'a Batch,
     index: usize,
+    angles: Option<Angles<'a>>,
 }
 
 /// Cosines and sines of one step's positions, once for every distinct rotation of the model.
