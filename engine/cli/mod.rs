@@ -1,6 +1,7 @@
 //! The command line: one file per command. Tokens and results go to stdout, everything else to
 //! stderr. Exit status: 0 done, 1 the run failed, 2 the command line is wrong.
 
+mod bench;
 mod chat;
 mod check;
 mod inspect;
@@ -48,6 +49,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Write a seeded synthetic checkpoint of a known shape
     Synth(synth::SynthArgs),
+    /// Measure ceilings, kernels, prefill, decode or quality beside the machine's own limits
+    Bench(bench::BenchArgs),
 }
 
 /// How to compute.
@@ -214,6 +217,7 @@ pub fn main() -> ExitCode {
         Some(Command::Trace(args)) => trace::run(&args),
         Some(Command::Check(args)) => check::run(&args),
         Some(Command::Synth(args)) => synth::run(&args),
+        Some(Command::Bench(args)) => bench::run(&args),
     };
     match result {
         Ok(code) => code,
