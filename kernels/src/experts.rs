@@ -10,7 +10,7 @@
 mod dispatch;
 mod gate_up;
 
-pub use dispatch::{Dispatch, DispatchLimits, Routed, run_experts};
+pub use dispatch::{Dispatch, DispatchLimits, Routed, SharedExpert, run_experts};
 
 use crate::format::Matrix;
 use crate::matmul::transposed::Transposed;

@@ -3,7 +3,7 @@
 //! y = x / sqrt(mean(x^2) + eps) * weight in f32, computed as (x * (1 / sqrt(..))) * weight with the sum of
 //! squares in canonical lane order. Zero-centred weights (1 + w) are the caller's to prepare.
 
-use crate::rows::{Rows, RowsMut};
+use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES, Lanes, Work, padded};
 
 /// Values below which a call stays on its thread.
@@ -35,19 +35,16 @@ pub fn rms_norm_rows_in_place(isa: Isa, x: RowsMut<'_>, weight: Option<&[f32]>, 
 
 fn in_parallel(isa: Isa, norm: Norm<'_>) {
     assert!(norm.weight.is_none_or(|w| w.len() == norm.out.width()), "norm: one weight per column");
-    let count = norm.out.count();
-    if count < 2 || count * norm.out.width() < SMALL {
-        return isa.run(norm);
+    let width = norm.out.width();
+    let rows = if norm.out.count() * width < SMALL { norm.out.count() } else { (SMALL / width / 4).max(1) };
+    let Norm { x, weight, eps, out } = norm;
+    if rows == 0 {
+        return;
     }
-    let (first, second) = norm.out.split_rows(count / 2);
-    let (x_first, x_second) = match norm.x {
-        Some(x) => (Some(x.slice(0, count / 2)), Some(x.slice(count / 2, count - count / 2))),
-        None => (None, None),
-    };
-    rayon::join(
-        || in_parallel(isa, Norm { x: x_first, out: first, ..norm }),
-        || in_parallel(isa, Norm { x: x_second, out: second, ..norm }),
-    );
+    for_each_part(Cut::new(out, Bands::Every(rows), width), &|part| {
+        let x = x.map(|x| x.slice(part.first_row, part.rows.count()));
+        isa.run(Norm { x, weight, eps, out: part.rows });
+    });
 }
 
 struct Norm<'a> {

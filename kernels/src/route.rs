@@ -4,6 +4,7 @@
 //! everything. The chosen experts are written in ascending order, which is the order in which
 //! `experts` adds their outputs.
 
+use crate::rows::{Rows, RowsMut, for_each_row_of_three};
 use crate::simd::{self, Isa};
 
 /// How logits become scores.
@@ -68,6 +69,31 @@ impl RouterRule {
     pub fn scratch_len(&self) -> usize {
         2 * self.experts + self.groups.map_or(0, |g| g.count)
     }
+}
+
+/// Tokens routed by one task.
+const ROUTED: usize = 8;
+
+/// [`route`] of every token: `logits` is `[tokens, experts]`, `ids` and `weights` are `[tokens, top_k]`, scratch has
+/// [`RouterRule::scratch_len`] values for each.
+///
+/// # Panics
+/// As [`route`].
+pub fn route_rows(
+    isa: Isa,
+    rule: &RouterRule,
+    logits: &[f32],
+    bias: Option<&[f32]>,
+    scratch: &mut [f32],
+    (ids, weights): (&mut [u32], &mut [f32]),
+) {
+    let logits = Rows::new(logits, rule.experts);
+    let (tokens, scratch_len) = (logits.count(), rule.scratch_len());
+    let scratch = RowsMut::new(&mut scratch[..tokens * scratch_len], scratch_len);
+    let rows = (scratch, RowsMut::new(ids, rule.top_k), RowsMut::new(weights, rule.top_k));
+    for_each_row_of_three(ROUTED, rows, &|token, scratch, ids, weights| {
+        route(isa, rule, logits.row(token), bias, scratch, ids, weights);
+    });
 }
 
 /// Routes one token: `logits` is `[experts]`, `bias` too; `ids` and `weights` are `[top_k]`.

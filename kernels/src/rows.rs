@@ -292,15 +292,46 @@ pub(crate) fn for_each_part_of_two<T: Send + Sync, U: Send + Sync>(
     });
 }
 
-/// `out[i] += x[i]`: a residual or a shared expert.
+/// `f(row of each)` for every row of three, in bands of `rows`, on all threads.
+///
+/// # Panics
+/// If they have not the same number of rows.
+pub(crate) fn for_each_row_of_three<T: Send + Sync, U: Send + Sync, V: Send + Sync>(
+    rows: usize,
+    (a, b, c): (RowsMut<'_, T>, RowsMut<'_, U>, RowsMut<'_, V>),
+    f: &(dyn Fn(usize, &mut [T], &mut [U], &mut [V]) + Sync),
+) {
+    assert_eq!((a.count, a.count), (b.count, c.count), "rows of three");
+    let widths = (a.width, b.width, c.width);
+    let bands = Bands::Every(rows);
+    let (a, b, c) =
+        (Cut::new(a, bands, widths.0), Cut::new(b, bands, widths.1), Cut::new(c, bands, widths.2));
+    team::run(a.bands(), &|index| {
+        // SAFETY: every index is run once; bands of different indices do not overlap, and each is one part.
+        let (mut a, mut b, mut c) = unsafe { (a.part(index), b.part(index), c.part(index)) };
+        for i in 0..a.rows.count {
+            f(a.first_row + i, a.rows.row(i), b.rows.row(i), c.rows.row(i));
+        }
+    });
+}
+
+/// Values added by one task, and by a call that stays on its thread.
+const ADDED: usize = 64 * 1024;
+
+/// `out[i] += x[i]`: a residual.
 ///
 /// # Panics
 /// If the lengths differ.
 pub fn add(out: &mut [f32], x: &[f32]) {
     assert_eq!(out.len(), x.len(), "lengths to add");
-    for (o, x) in out.iter_mut().zip(x) {
-        *o += x;
+    if out.is_empty() {
+        return;
     }
+    let len = out.len();
+    for_each_part(Cut::new(RowsMut::new(out, len), Bands::Every(1), ADDED), &|mut part| {
+        let out = part.rows.row(0);
+        out.iter_mut().zip(&x[part.first_column..]).for_each(|(o, x)| *o += x);
+    });
 }
 
 fn whole_rows(len: usize, width: usize) -> usize {

@@ -97,7 +97,7 @@ fn nothing_allocates_in_steady_state() {
                 route(isa, &rule, &logits, None, &mut router_scratch, ids, gates);
             }
             let routed = Routed { x: &x, ids: &ids, weights: &gates };
-            run_experts(isa, routed, &lookup, &mut dispatch, &mut out);
+            run_experts(isa, routed, &lookup, None, &mut dispatch, &mut out);
             ffn(isa, &x, &lookup(0), room.as_mut(), &mut scratch, &mut out);
             let queries = Queries { rows: &queries, first_position: context - tokens };
             mla(isa, &attention, queries, &pages, &mut attention_scratch, &mut attended);

@@ -4,7 +4,8 @@ mod common;
 
 use common::{FORMATS, Format, Random, Weight, assert_close_overall, bits, in_pools};
 use kernels::experts::{
-    Activation, Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, ffn, ffn_scratch_len, run_experts,
+    Activation, Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, SharedExpert, ffn, ffn_scratch_len,
+    run_experts,
 };
 use kernels::quantised::{Activations, Precision};
 use kernels::{Isa, reference};
@@ -144,7 +145,7 @@ fn routed_experts_meet_the_reference() {
                         let limits = DispatchLimits { tokens, top_k, experts, hidden, inter, precision };
                         let mut dispatch = Dispatch::new(limits);
                         let mut out = vec![f32::NAN; want.len()];
-                        run_experts(isa, routed, &lookup, &mut dispatch, &mut out);
+                        run_experts(isa, routed, &lookup, None, &mut dispatch, &mut out);
                         assert_close_overall(&out, &want, tolerance, &format!("{format:?} {layout:?}"));
                         assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{isa:?} {tokens}");
                     }
@@ -175,7 +176,7 @@ fn threads_change_nothing() {
                 let mut dispatch = Dispatch::new(limits);
                 let mut out = vec![f32::NAN; tokens * hidden];
                 let routed = Routed { x: &x, ids: &ids, weights: &weights };
-                run_experts(isa, routed, &|id| all[id as usize].ffn(), &mut dispatch, &mut out);
+                run_experts(isa, routed, &|id| all[id as usize].ffn(), None, &mut dispatch, &mut out);
                 let mut scratch = vec![f32::NAN; ffn_scratch_len(tokens, inter)];
                 let mut shared = vec![f32::NAN; tokens * hidden];
                 let mut room = precision.map(|p| Activations::new(p, tokens, hidden.max(inter)));
@@ -194,7 +195,7 @@ fn threads_change_nothing() {
 fn no_token_is_no_work() {
     let limits = DispatchLimits { tokens: 4, top_k: 2, experts: 3, hidden: 8, inter: 8, precision: None };
     let routed = Routed { x: &[], ids: &[], weights: &[] };
-    run_experts(Isa::Portable, routed, &|_| unreachable!(), &mut Dispatch::new(limits), &mut []);
+    run_experts(Isa::Portable, routed, &|_| unreachable!(), None, &mut Dispatch::new(limits), &mut []);
 }
 
 #[test]
@@ -202,5 +203,49 @@ fn no_token_is_no_work() {
 fn an_unknown_expert_is_refused() {
     let limits = DispatchLimits { tokens: 4, top_k: 2, experts: 3, hidden: 1, inter: 8, precision: None };
     let routed = Routed { x: &[1.0], ids: &[0, 3], weights: &[0.5, 0.5] };
-    run_experts(Isa::Portable, routed, &|_| unreachable!(), &mut Dispatch::new(limits), &mut [0.0]);
+    run_experts(Isa::Portable, routed, &|_| unreachable!(), None, &mut Dispatch::new(limits), &mut [0.0]);
+}
+
+/// Side by side with the routed experts it gives what it gives alone, whatever its format.
+#[test]
+fn a_shared_expert_is_added_last() {
+    let mut random = Random(24);
+    let (experts, top_k, hidden, inter) = (5, 2, 160, 96);
+    for (format, precision) in [
+        (Format::Bf16, None),
+        (Format::Bf16, Some(Precision::Int16)),
+        (Format::Q8, Some(Precision::Int16)),
+        (Format::Int4, Some(Precision::Int8)),
+    ] {
+        let mut expert = |format, inter| Expert::random(&mut random, format, Layout::Separate, hidden, inter);
+        let all: Vec<Expert> = (0..experts).map(|_| expert(Format::Int4, inter)).collect();
+        let shared = expert(format, 224);
+        let lookup = |id: u32| all[id as usize].ffn();
+        for tokens in [1, 7, 70] {
+            let x = random.values(tokens * hidden);
+            let (ids, weights) = routing(&mut random, tokens, top_k, experts);
+            let routed = Routed { x: &x, ids: &ids, weights: &weights };
+            let limits = DispatchLimits { tokens: 40, top_k, experts, hidden, inter, precision };
+            let (mut inner, mut outer) = (vec![0.0; tokens * 224], vec![0.0; tokens * hidden]);
+            let mut room = precision.map(|p| Activations::new(p, tokens, 224));
+            let mut want = vec![f32::NAN; tokens * hidden];
+            let isa = Isa::detect();
+            run_experts(isa, routed, &lookup, None, &mut Dispatch::new(limits), &mut want);
+            ffn(isa, &x, &shared.ffn(), room.as_mut(), &mut inner, &mut outer);
+            want.iter_mut().zip(&outer).for_each(|(want, y)| *want += y);
+            let outs = in_pools(|| {
+                let (mut inner, mut outer) = (inner.clone(), vec![f32::NAN; outer.len()]);
+                let mut room = precision.map(|p| Activations::new(p, tokens, 224));
+                let activations = room.as_mut();
+                let shared =
+                    SharedExpert { ffn: shared.ffn(), activations, inner: &mut inner, outer: &mut outer };
+                let mut out = vec![f32::NAN; tokens * hidden];
+                run_experts(isa, routed, &lookup, Some(shared), &mut Dispatch::new(limits), &mut out);
+                out
+            });
+            for out in outs {
+                assert_eq!(bits(&out), bits(&want), "{format:?} {precision:?} {tokens}");
+            }
+        }
+    }
 }

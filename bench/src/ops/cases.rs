@@ -3,8 +3,8 @@
 use kernels::attention::{CacheSlice, Gqa, Mla, PAGE, Pages, Queries, gqa, mla};
 use kernels::experts::{Activation, Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, run_experts};
 use kernels::matmul::{Heads, matmul, matmul_heads, matmul_transposed, matmul_transposed_heads};
-use kernels::quantised::Precision;
 use kernels::norm::rms_norm;
+use kernels::quantised::Precision;
 use kernels::rope::{Rotation, rotate};
 use kernels::route::{Normalise, RouterRule, Score, route};
 use kernels::{Rows, RowsMut};
@@ -227,12 +227,26 @@ fn run_case(
     let tokens = pairs / top_k;
     let (x, mut out) = (activations(tokens * hidden), vec![0.0; tokens * hidden]);
     let gates = vec![1.0 / top_k as f32; pairs];
-    let mut dispatch = Dispatch::new(DispatchLimits { tokens, top_k, experts, hidden, inter, precision: Some(Precision::Int16) });
+    let mut dispatch = Dispatch::new(DispatchLimits {
+        tokens,
+        top_k,
+        experts,
+        hidden,
+        inter,
+        precision: Some(Precision::Int16),
+    });
     let bytes = 3 * stored_bytes(&ops.stored.matrix(format, (inter, hidden), 0));
     ops.time(&row, work(active * bytes, 6 * pairs * hidden * inter), |stored, isa, run| {
         let ids = ids(run);
         let lookup = |id: u32| expert(stored, family, format, id as usize);
-        run_experts(isa, Routed { x: &x, ids: &ids, weights: &gates }, &lookup, &mut dispatch, &mut out);
+        run_experts(
+            isa,
+            Routed { x: &x, ids: &ids, weights: &gates },
+            &lookup,
+            None,
+            &mut dispatch,
+            &mut out,
+        );
     })
 }
 

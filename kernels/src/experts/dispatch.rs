@@ -3,8 +3,8 @@
 use super::gate_up::{BLOCK, GateUpProduct};
 use super::{ExpertFfn, down_part};
 use crate::matmul::{self, Input, Operand};
-use crate::quantised::{Activations, Precision, is_quantised};
-use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
+use crate::quantised::{Activations, PANEL, Precision, is_quantised};
+use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part, for_each_part_of_two};
 use crate::simd::{Isa, LANES, Lanes, Work};
 
 /// What a [`Dispatch`] must hold.
@@ -118,8 +118,28 @@ pub struct Routed<'a> {
     pub weights: &'a [f32],
 }
 
+/// An expert that every token takes, computed side by side with the routed ones.
+pub struct SharedExpert<'a> {
+    /// Its weights.
+    pub ffn: ExpertFfn<'a>,
+    /// For weights of 4 or 8 bits: room for `[tokens, hidden]` and `[tokens, inter]`.
+    pub activations: Option<&'a mut Activations>,
+    /// `[tokens, inter]` at least.
+    pub inner: &'a mut [f32],
+    /// `[tokens, hidden]` at least.
+    pub outer: &'a mut [f32],
+}
+
+impl SharedExpert<'_> {
+    fn reborrow(&mut self) -> SharedExpert<'_> {
+        let Self { ffn, activations, inner, outer } = self;
+        SharedExpert { ffn: *ffn, activations: activations.as_deref_mut(), inner, outer }
+    }
+}
+
 /// The routed experts: `out[t]` = the sum over ranks r, ascending, of `weights[t, r]` times expert
-/// `ids[t, r]` of `x[t]`, from zero by fused multiply-add. `lookup` gives an expert's weights; it is called
+/// `ids[t, r]` of `x[t]`, from zero by fused multiply-add; then the
+/// shared expert of `x[t]` is added. `lookup` gives an expert's weights; it is called
 /// several times for each, so it should be cheap. All experts have the same shape.
 ///
 /// # Panics
@@ -128,6 +148,7 @@ pub fn run_experts<'w>(
     isa: Isa,
     routed: Routed<'_>,
     lookup: &(dyn Fn(u32) -> ExpertFfn<'w> + Sync),
+    mut shared: Option<SharedExpert<'_>>,
     dispatch: &mut Dispatch,
     out: &mut [f32],
 ) {
@@ -143,7 +164,8 @@ pub fn run_experts<'w>(
     let pairs = routed.ids.chunks(tokens * top_k).zip(routed.weights.chunks(tokens * top_k));
     let rows = routed.x.chunks(tokens * hidden).zip(out.chunks_mut(tokens * hidden));
     for ((x, out), (ids, weights)) in rows.zip(pairs) {
-        run_some(isa, Routed { x, ids, weights }, lookup, dispatch, out);
+        let shared = shared.as_mut().map(SharedExpert::reborrow);
+        run_some(isa, Routed { x, ids, weights }, lookup, shared, dispatch, out);
     }
 }
 
@@ -151,6 +173,7 @@ fn run_some<'w>(
     isa: Isa,
     routed: Routed<'_>,
     lookup: &(dyn Fn(u32) -> ExpertFfn<'w> + Sync),
+    shared: Option<SharedExpert<'_>>,
     dispatch: &mut Dispatch,
     out: &mut [f32],
 ) {
@@ -192,25 +215,84 @@ fn run_some<'w>(
         let x = Input { x, picks: Some(picks) };
         activations.as_deref_mut()?.pack(isa, x, example.first(), bands)
     });
-    for_each_part(Cut::new(RowsMut::new(inner, inter), Bands::At(firsts), cut), &|part| {
-        let (first, count) = (part.first_row, part.rows.count());
-        let x = Input { x, picks: Some(&tokens[first..][..count]) };
-        let packed = packed.map(|packed| packed.from_row(if picks.len() == 1 { 0 } else { first }));
-        let x = Operand::new(x, packed);
-        GateUpProduct { x, ffn: ffn(part.band), first: part.first_column, out: part.rows }.run(isa);
-    });
+    // A shared expert takes part as one more band of each region.
+    let (shared_ffn, shared_inner, shared_outer, mut shared_room) = match shared {
+        Some(SharedExpert { ffn, activations, inner, outer }) => (Some(ffn), inner, outer, activations),
+        None => (None, &mut [][..], &mut [][..], None),
+    };
+    let count = x.count();
+    if let Some(ffn) = &shared_ffn {
+        ffn.check();
+        assert_eq!(ffn.hidden(), hidden, "width of the shared expert");
+    }
+    let shared_inter = shared_ffn.map_or(1, |ffn| ffn.inter());
+    let shared_len = |width: usize| if shared_ffn.is_some() { count * width } else { 0 };
+    let shared_inner = &mut shared_inner[..shared_len(shared_inter)];
+    let shared_outer = &mut shared_outer[..shared_len(hidden)];
+    let shared_cut = |work: usize, width: usize, least: usize| {
+        let (rows, columns) = matmul::pieces(work * count, (count, width), (PANEL, least));
+        (Bands::Every(rows.next_multiple_of(PANEL)), columns)
+    };
+    let (shared_gate_up, shared_down) = shared_ffn.map_or((0, 0), |ffn| ffn.work());
+
+    let shared_x = shared_ffn
+        .as_ref()
+        .map(|ffn| Operand::packed_for(isa, Input::all(x), ffn.first(), shared_room.as_deref_mut()));
+    let (shared_bands, shared_columns) = shared_cut(shared_gate_up, shared_inter, BLOCK);
+    for_each_part_of_two(
+        (
+            Cut::new(RowsMut::new(inner, inter), Bands::At(firsts), cut),
+            Cut::new(RowsMut::new(&mut *shared_inner, shared_inter), shared_bands, shared_columns),
+        ),
+        &|part| {
+            let (first, count) = (part.first_row, part.rows.count());
+            let x = Input { x, picks: Some(&tokens[first..][..count]) };
+            let packed = packed.map(|packed| packed.from_row(if picks.len() == 1 { 0 } else { first }));
+            let x = Operand::new(x, packed);
+            GateUpProduct { x, ffn: ffn(part.band), first: part.first_column, out: part.rows }.run(isa);
+        },
+        &|part| {
+            let (Some(ffn), Some(x)) = (shared_ffn, shared_x) else { unreachable!("no rows without it") };
+            let x = x.slice(part.first_row, part.rows.count());
+            GateUpProduct { x, ffn, first: part.first_column, out: part.rows }.run(isa);
+        },
+    );
     let inner = Rows::new(inner, inter);
     let outer = &mut dispatch.outer[..pairs * hidden];
-    let cut = columns(down_work, hidden, if example.down_transposed { matmul::MIN_COLUMNS } else { BLOCK });
+    let least = |ffn: &ExpertFfn<'_>| if ffn.down_transposed { matmul::MIN_COLUMNS } else { BLOCK };
+    let cut = columns(down_work, hidden, least(&example));
     let packed = packing(|ffn| is_quantised(&ffn.down) && !ffn.down_transposed)
         .and_then(|example| activations?.pack(isa, Input::all(inner), &example.down, Bands::At(firsts)));
-    for_each_part(Cut::new(RowsMut::new(outer, hidden), Bands::At(firsts), cut), &|part| {
-        let rows = Input::all(inner.slice(part.first_row, part.rows.count()));
-        let x = Operand::new(rows, packed.map(|packed| packed.from_row(part.first_row)));
-        down_part(isa, x, &ffn(part.band), part.first_column, part.rows);
-    });
-    let combine =
-        Combine { outer, places: &dispatch.places[..pairs], weights: routed.weights, top_k, hidden };
+    let shared_inner = Rows::new(shared_inner, shared_inter);
+    let shared_x = shared_ffn
+        .as_ref()
+        .map(|ffn| Operand::packed_for(isa, Input::all(shared_inner), &ffn.down, shared_room));
+    let (shared_bands, shared_columns) =
+        shared_cut(shared_down, hidden, shared_ffn.as_ref().map_or(1, least));
+    for_each_part_of_two(
+        (
+            Cut::new(RowsMut::new(outer, hidden), Bands::At(firsts), cut),
+            Cut::new(RowsMut::new(&mut *shared_outer, hidden), shared_bands, shared_columns),
+        ),
+        &|part| {
+            let rows = Input::all(inner.slice(part.first_row, part.rows.count()));
+            let x = Operand::new(rows, packed.map(|packed| packed.from_row(part.first_row)));
+            down_part(isa, x, &ffn(part.band), part.first_column, part.rows);
+        },
+        &|part| {
+            let (Some(ffn), Some(x)) = (shared_ffn, shared_x) else { unreachable!("no rows without it") };
+            let x = x.slice(part.first_row, part.rows.count());
+            down_part(isa, x, &ffn, part.first_column, part.rows);
+        },
+    );
+    let combine = Combine {
+        outer,
+        shared: shared_outer,
+        places: &dispatch.places[..pairs],
+        weights: routed.weights,
+        top_k,
+        hidden,
+    };
     combine.run(isa, RowsMut::new(out, hidden));
 }
 
@@ -220,6 +302,8 @@ const SMALL: usize = 64 * 1024;
 /// Weighted sums of each token's output rows.
 struct Combine<'a> {
     outer: &'a [f32],
+    /// Outputs of the shared expert `[tokens, hidden]`, if there is one.
+    shared: &'a [f32],
     places: &'a [u32],
     weights: &'a [f32],
     top_k: usize,
@@ -249,7 +333,8 @@ impl Work for CombineToken<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, l: L) {
-        let Combine { outer, places, weights, top_k, hidden } = *self.combine;
+        let Combine { outer, shared, places, weights, top_k, hidden } = *self.combine;
+        let shared = (!shared.is_empty()).then(|| &shared[self.token * hidden..][..hidden]);
         let (chunks, rest) = self.out.as_chunks_mut::<LANES>();
         let pairs = self.token * top_k..(self.token + 1) * top_k;
         let places = &places[pairs.clone()];
@@ -261,6 +346,10 @@ impl Work for CombineToken<'_> {
                 let y = y.first_chunk().expect("whole chunks come before the tail");
                 sum = l.fma(l.splat(weight), l.load(y), sum);
             }
+            if let Some(shared) = shared {
+                let y = shared[c * LANES..].first_chunk().expect("whole chunks come before the tail");
+                sum = l.add(sum, l.load(y));
+            }
             l.store(sum, out);
         }
         let tail = hidden - rest.len();
@@ -268,6 +357,9 @@ impl Work for CombineToken<'_> {
             *out = places.iter().zip(weights).fold(0.0, |sum, (&place, &weight)| {
                 weight.mul_add(outer[place as usize * hidden + tail + j], sum)
             });
+            if let Some(shared) = shared {
+                *out += shared[tail + j];
+            }
         }
     }
 }

@@ -1,11 +1,10 @@
 //! The feed-forward part of a layer: one MLP, or router, routed experts and shared expert.
 
 use kernels::experts::{
-    Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, ffn, ffn_scratch_len, run_experts,
+    Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, SharedExpert, ffn, ffn_scratch_len, run_experts,
 };
 use kernels::matmul::matmul;
-use kernels::route::route;
-use kernels::rows::add;
+use kernels::route::route_rows;
 
 use super::Step;
 use crate::config::{Ffn, Mlp, ModelConfig, Moe};
@@ -60,7 +59,7 @@ impl Sizes {
             let limits = moe.map(|moe| {
                 sizes.experts = sizes.experts.max(moe.rule.experts);
                 sizes.top_k = sizes.top_k.max(moe.rule.top_k);
-                sizes.router = sizes.router.max(moe.rule.scratch_len());
+                sizes.router = sizes.router.max(tokens * moe.rule.scratch_len());
                 if moe.shared.is_some() {
                     sizes.shared = tokens * config.hidden;
                 }
@@ -131,24 +130,21 @@ impl FfnScratch {
         let chosen = &mut self.weights[..tokens * rule.top_k];
         step.enter(Component::Router);
         matmul(step.isa, x, &weights.router.weight.view(), weights.router.bias.as_deref(), logits);
-        let rows = ids.chunks_exact_mut(rule.top_k).zip(chosen.chunks_exact_mut(rule.top_k));
-        for (logits, (ids, chosen)) in logits.chunks_exact(rule.experts).zip(rows) {
-            let bias = weights.selection_bias.as_deref();
-            route(step.isa, rule, logits, bias, &mut self.router, ids, chosen);
-        }
+        let bias = weights.selection_bias.as_deref();
+        route_rows(step.isa, rule, logits, bias, &mut self.router, (ids, chosen));
         step.probe.routing(step.index, rule.top_k, ids, chosen);
         step.enter(Component::RoutedExperts);
 
         let dispatch = self.by_layer[step.index].map(|index| &mut self.dispatches[index]);
         let dispatch = dispatch.expect("a layer with experts has a dispatch");
         let lookup = |id: u32| expert_view(moe, &weights.experts[id as usize]);
-        run_experts(step.isa, Routed { x, ids, weights: chosen }, &lookup, dispatch, out);
-        if let (Some(mlp), Some(weights)) = (&moe.shared, &weights.shared) {
-            step.enter(Component::SharedExpert);
-            let shared = &mut self.shared[..out.len()];
-            step.ffn(x, &mlp_view(mlp, weights), &mut self.inner, shared);
-            add(out, shared);
-        }
+        let shared = moe.shared.as_ref().zip(weights.shared.as_ref()).map(|(mlp, weights)| SharedExpert {
+            ffn: mlp_view(mlp, weights),
+            activations: step.activations.as_deref_mut(),
+            inner: &mut self.inner,
+            outer: &mut self.shared,
+        });
+        run_experts(step.isa, Routed { x, ids, weights: chosen }, &lookup, shared, dispatch, out);
     }
 }
 
