@@ -36,20 +36,90 @@ fn alone(model: &Arc<Model>, numerics: Numerics, isa: Isa, threads: usize, promp
     logits.iter().map(|x| x.to_bits()).collect()
 }
 
+/// Numerics, and 8-bit copies of the float weights.
+const MODES: [(Numerics, bool); 4] = [
+    (Numerics::Reference, false),
+    (Numerics::Model, false),
+    (Numerics::Int8Activations, false),
+    (Numerics::Model, true),
+];
+
+fn open_as(name: &str, q8: bool) -> Arc<Model> {
+    if !q8 {
+        return open(name);
+    }
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    Model::open_q8::<models::Error>(Checkpoint::open(&folder).unwrap(), |_| Ok(())).unwrap()
+}
+
 #[test]
 fn threads_and_instruction_sets_change_no_bit() {
-    for name in CASES {
-        let model = open(name);
+    for (name, (numerics, q8)) in CASES.into_iter().flat_map(|name| MODES.map(|mode| (name, mode))) {
+        let model = open_as(name, q8);
         let prompt = prompt(1, 90, model.config.vocab);
-        for numerics in [Numerics::Reference, Numerics::Model] {
-            let expected = alone(&model, numerics, Isa::detect(), 1, &prompt);
-            for threads in [2, 3, 5] {
-                let same = expected == alone(&model, numerics, Isa::detect(), threads, &prompt);
-                assert!(same, "{name} {numerics:?} with {threads} threads");
+        let expected = alone(&model, numerics, Isa::detect(), 1, &prompt);
+        for threads in [2, 3, 4] {
+            let same = expected == alone(&model, numerics, Isa::detect(), threads, &prompt);
+            assert!(same, "{name} {numerics:?} with {threads} threads");
+        }
+        for isa in Isa::available() {
+            let same = expected == alone(&model, numerics, isa, 2, &prompt);
+            assert!(same, "{name} {numerics:?} on {isa:?}");
+        }
+    }
+}
+
+/// Prompts in chunks of 1, 7, 64 and whole, then batches of 1, 2, 7 and 16 sequences that decode together: the
+/// logits of every position are those of the whole prompt alone.
+#[test]
+fn chunks_and_batches_change_no_bit() {
+    const SEQUENCES: usize = 16;
+    const DECODED: usize = 3;
+    for (name, (numerics, q8)) in CASES.into_iter().flat_map(|name| MODES.map(|mode| (name, mode))) {
+        let model = open_as(name, q8);
+        let vocab = model.config.vocab;
+        let prompts: Vec<Vec<u32>> =
+            (0..SEQUENCES).map(|s| prompt(s as u32, if s == 0 { 90 } else { 9 + s }, vocab)).collect();
+        let expected: Vec<Vec<u32>> =
+            prompts.iter().map(|p| alone(&model, numerics, Isa::detect(), 2, p)).collect();
+        for chunk in [1, 7, 64, 90] {
+            let mut runner = runner(&model, numerics, Isa::detect());
+            let mut logits = Vec::new();
+            for (i, tokens) in prompts[0].chunks(chunk).enumerate() {
+                let mut batch = Batch::default();
+                batch.push(tokens, i * chunk, &[5, 2], WantLogits::All);
+                let mut rows = vec![0.0; tokens.len() * vocab];
+                runner.forward(&batch, &mut NoProbe, &mut rows).unwrap();
+                logits.extend(rows.iter().map(|x| x.to_bits()));
             }
-            for isa in Isa::available() {
-                let same = expected == alone(&model, numerics, isa, 2, &prompt);
-                assert!(same, "{name} {numerics:?} on {isa:?}");
+            assert!(logits == expected[0], "{name} {numerics:?} in chunks of {chunk}");
+        }
+        for sequences in [1, 2, 7, SEQUENCES] {
+            let capacity = Capacity { blocks: SEQUENCES + 1, batch_tokens: 512, logit_rows: SEQUENCES };
+            let mut runner = CpuRunner::new(Arc::clone(&model), numerics, capacity);
+            // Sequence 0 has two blocks, each other one of its own, none in order.
+            let first = SEQUENCES as u32;
+            let tables: Vec<Vec<u32>> =
+                (0..sequences as u32).map(|s| if s == 0 { vec![first, 0] } else { vec![first - s] }).collect();
+            let (prompts, expected) = (&prompts[..sequences], &expected[..sequences]);
+            let mut batch = Batch::default();
+            for (prompt, table) in prompts.iter().zip(&tables) {
+                batch.push(&prompt[..prompt.len() - DECODED], 0, table, WantLogits::None);
+            }
+            runner.forward(&batch, &mut NoProbe, &mut []).unwrap();
+            for left in (1..=DECODED).rev() {
+                batch.clear();
+                for (prompt, table) in prompts.iter().zip(&tables) {
+                    let at = prompt.len() - left;
+                    batch.push(&prompt[at..at + 1], at, table, WantLogits::Last);
+                }
+                let mut logits = vec![0.0; tables.len() * vocab];
+                runner.forward(&batch, &mut NoProbe, &mut logits).unwrap();
+                for (s, row) in logits.chunks_exact(vocab).enumerate() {
+                    let at = (prompts[s].len() - left) * vocab;
+                    let same = row.iter().zip(&expected[s][at..]).all(|(a, b)| a.to_bits() == *b);
+                    assert!(same, "{name} {numerics:?}: sequence {s} of {sequences}");
+                }
             }
         }
     }
