@@ -194,6 +194,9 @@ impl Row {
         };
         for (key, value) in &self.more {
             let _ = match value.as_f64().filter(|_| !value.is_i64() && !value.is_u64()) {
+                Some(number) if number == 0.0 || (1e-3..1e6).contains(&number.abs()) => {
+                    write!(line, "  {key} {number:.4}")
+                }
                 Some(number) => write!(line, "  {key} {number:.3e}"),
                 None => write!(line, "  {key} {value}"),
             };

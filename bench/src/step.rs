@@ -230,7 +230,11 @@ impl<'a> StepBench<'a> {
             peak,
             || {
                 let seconds = next(&mut self)?;
-                let cost = cost(self.model, self.options.numerics, &self.batch, &self.clock.distinct);
+                let mut cost = cost(self.model, self.options.numerics, &self.batch, &self.clock.distinct);
+                if self.clock.seconds[Component::SharedExpert as usize] == 0.0 {
+                    // It is computed together with the routed ones.
+                    cost.join(Component::SharedExpert, Component::RoutedExperts);
+                }
                 parts.push((self.clock.seconds, cost));
                 Ok::<_, Error>((seconds, cost.total()))
             },
