@@ -44,7 +44,7 @@ impl StepOptions {
     }
 
     /// Most tokens of one sequence while decoding.
-    fn decode_length(&self) -> usize {
+    pub fn decode_length(&self) -> usize {
         self.context + WARM_UP + self.decode_runs()
     }
 
@@ -154,7 +154,11 @@ fn ready(model: &Model, options: &StepOptions, sink: &mut dyn Sink) -> Result<Ya
     Ok(yardstick)
 }
 
-fn check_length(model: &Model, length: usize) -> Result<(), Error> {
+/// That the model takes sequences of so many tokens.
+///
+/// # Errors
+/// If not.
+pub fn check_length(model: &Model, length: usize) -> Result<(), Error> {
     let longest = model.config.max_positions;
     if length > longest {
         let message = format!("{length} tokens are more than the {longest} the model was made for");
