@@ -4,7 +4,7 @@
 //! activations stay in caches, as they do there. Regions find their threads awake, as within a step.
 //!
 //! All rows are of the one path the kernels have: f32 activations, whose ceiling is f32's. A path with other
-//! activations is another entry of [`PATHS`].
+//! activations is another entry of `PATHS`.
 
 mod cases;
 mod weights;

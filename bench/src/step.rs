@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kernels::attention::PAGE;
 use models::cpu::CpuRunner;
 use models::{Batch, Capacity, Component, Model, Numerics, Probe, Runner, WantLogits};
 use rayon::prelude::*;
@@ -289,7 +288,7 @@ fn touch(model: &Model) {
     let read = tensors.filter(|(name, _)| !skipped.iter().any(|(other, _)| other == *name));
     for (_, entry) in read {
         entry.bytes.as_slice().par_chunks(1 << 20).for_each(|part| {
-            part.iter().step_by(PAGE * PAGE).for_each(|byte| _ = std::hint::black_box(*byte));
+            part.iter().step_by(4096).for_each(|byte| _ = std::hint::black_box(*byte));
         });
     }
 }

@@ -74,7 +74,7 @@ pub fn measure(options: &OpsOptions, sink: &mut dyn Sink) -> Result<(), Error> {
     }
     match &options.filter {
         Some(filter) if count == 0 && !sink.stopped() => Err(Error::Unsupported(format!(
-            "no row's name contains {filter:?}; without a filter all are listed"
+            "no row's name contains {filter:?}; without a filter all rows are measured"
         ))),
         _ => Ok(()),
     }
