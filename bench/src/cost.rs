@@ -42,6 +42,12 @@ impl Cost {
         total
     }
 
+    /// Counts the work of `from` to `into`: where both are done in one go.
+    pub fn join(&mut self, from: Component, into: Component) {
+        let work = std::mem::replace(&mut self.0[from as usize], Work::NONE);
+        self.0[into as usize] += work;
+    }
+
     fn add(&mut self, component: Component, bytes: usize, operations: usize) {
         self.0[component as usize] += Work { bytes: bytes as u64, operations: operations as u64 };
     }

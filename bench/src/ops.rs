@@ -4,7 +4,7 @@
 //! activations stay in caches, as they do there. Regions find their threads awake, as within a step.
 //!
 //! All rows are of the one path the kernels have: f32 activations, whose ceiling is f32's. A path with other
-//! activations is another entry of [`PATHS`].
+//! activations is another entry of `PATHS`.
 
 mod cases;
 mod weights;
@@ -93,7 +93,10 @@ impl<'a> Ops<'a> {
         let (runs, quick, sink) = (self.options.runs, self.options.quick, &*self.sink);
         let enough = |count: usize, total: f64| match runs {
             Some(runs) => count >= runs.max(1),
-            None => count >= 25 || (count >= 3 && (quick || total > 0.4)) || sink.stopped(),
+            None => {
+                let slow = (count >= 2 && total > 4.0) || (count >= 3 && total > 0.4);
+                count >= 25 || slow || (quick && count >= 2) || sink.stopped()
+            }
         };
         let Ok(samples) = self.yardstick.beside(self.path.peak, once, enough);
         let (times, work, share) = summary(&samples, self.path.peak);

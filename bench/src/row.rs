@@ -137,7 +137,9 @@ impl Row {
     /// With one more key.
     #[must_use]
     pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
-        self.more.insert(key.to_owned(), value.into());
+        let value = value.into();
+        let value = if value.is_f64() { number(value.as_f64().unwrap_or(f64::NAN)) } else { value };
+        self.more.insert(key.to_owned(), value);
         self
     }
 
@@ -194,6 +196,9 @@ impl Row {
         };
         for (key, value) in &self.more {
             let _ = match value.as_f64().filter(|_| !value.is_i64() && !value.is_u64()) {
+                Some(number) if number == 0.0 || (1e-3..1e6).contains(&number.abs()) => {
+                    write!(line, "  {key} {number:.4}")
+                }
                 Some(number) => write!(line, "  {key} {number:.3e}"),
                 None => write!(line, "  {key} {value}"),
             };
@@ -238,7 +243,7 @@ pub fn append_csv(path: &Path, machine: &Machine, rows: &[Row]) -> io::Result<()
     file.write_all(text.as_bytes())
 }
 
-/// Six digits are more than any clock here gives.
+/// Six digits: more than any clock here gives.
 fn number(value: f64) -> Value {
     format!("{value:.5e}").parse::<f64>().map_or(Value::Null, Value::from)
 }

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kernels::attention::PAGE;
 use models::cpu::CpuRunner;
 use models::{Batch, Capacity, Component, Model, Numerics, Probe, Runner, WantLogits};
 use rayon::prelude::*;
@@ -44,7 +43,7 @@ impl StepOptions {
     }
 
     /// Most tokens of one sequence while decoding.
-    fn decode_length(&self) -> usize {
+    pub fn decode_length(&self) -> usize {
         self.context + WARM_UP + self.decode_runs()
     }
 
@@ -155,7 +154,11 @@ fn ready(model: &Model, options: &StepOptions, sink: &mut dyn Sink) -> Result<Ya
     Ok(yardstick)
 }
 
-fn check_length(model: &Model, length: usize) -> Result<(), Error> {
+/// That the model takes sequences of so many tokens.
+///
+/// # Errors
+/// If not.
+pub fn check_length(model: &Model, length: usize) -> Result<(), Error> {
     let longest = model.config.max_positions;
     if length > longest {
         let message = format!("{length} tokens are more than the {longest} the model was made for");
@@ -231,7 +234,11 @@ impl<'a> StepBench<'a> {
             peak,
             || {
                 let seconds = next(&mut self)?;
-                let cost = cost(self.model, self.options.numerics, &self.batch, &self.clock.distinct);
+                let mut cost = cost(self.model, self.options.numerics, &self.batch, &self.clock.distinct);
+                if self.clock.seconds[Component::SharedExpert as usize] == 0.0 {
+                    // It is computed together with the routed ones.
+                    cost.join(Component::SharedExpert, Component::RoutedExperts);
+                }
                 parts.push((self.clock.seconds, cost));
                 Ok::<_, Error>((seconds, cost.total()))
             },
@@ -282,7 +289,7 @@ fn touch(model: &Model) {
     let read = tensors.filter(|(name, _)| !skipped.iter().any(|(other, _)| other == *name));
     for (_, entry) in read {
         entry.bytes.as_slice().par_chunks(1 << 20).for_each(|part| {
-            part.iter().step_by(PAGE * PAGE).for_each(|byte| _ = std::hint::black_box(*byte));
+            part.iter().step_by(4096).for_each(|byte| _ = std::hint::black_box(*byte));
         });
     }
 }

@@ -155,21 +155,17 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Error> {
         What::Decode(args) => {
             let common = &args.common;
             let options = StepOptions { batch: args.batch as usize, ..common.options(args.context) };
-            let capacities = |options: &StepOptions| vec![options.decode_capacity()];
-            common.measured(&options, &capacities, |model, sink| {
-                step::decode(model, &common.model, &options, sink)
-            })
+            let sizes = [(options.decode_length(), options.decode_capacity())];
+            common.measured(&sizes, |model, sink| step::decode(model, &common.model, &options, sink))
         }
         What::Prefill(args) => {
             let common = &args.common;
             let lengths: Vec<usize> = args.tokens.iter().map(|&tokens| tokens as usize).collect();
             let options = common.options(args.context);
-            let capacities = |options: &StepOptions| {
-                lengths.iter().map(|&tokens| options.prefill_capacity(tokens)).collect()
-            };
-            common.measured(&options, &capacities, |model, sink| {
-                step::prefill(model, &common.model, &lengths, &options, sink)
-            })
+            let size = |&tokens: &usize| (options.context + tokens, options.prefill_capacity(tokens));
+            let sizes: Vec<_> = lengths.iter().map(size).collect();
+            common
+                .measured(&sizes, |model, sink| step::prefill(model, &common.model, &lengths, &options, sink))
         }
     }
 }
@@ -223,11 +219,11 @@ impl ModelArgs {
         }
     }
 
-    /// Opens the model, checks that the machine can hold what is measured, and measures.
+    /// Opens the model, checks that it and the machine can take sequences and runners of these sizes, and
+    /// measures.
     fn measured(
         &self,
-        options: &StepOptions,
-        capacities: &dyn Fn(&StepOptions) -> Vec<Capacity>,
+        sizes: &[(usize, Capacity)],
         measure: impl FnOnce(&std::sync::Arc<Model>, &mut Output) -> Result<(), bench::Error> + Send,
     ) -> Result<ExitCode, Error> {
         if let RunnerArg::Reference = self.runner {
@@ -235,10 +231,11 @@ impl ModelArgs {
                 "bench measures the cpu runner; the reference runner is there to be compared with",
             ));
         }
-        let dense = self.dense_format.map_or(DenseFormat::Published, |DenseFormatArg::Q8| DenseFormat::Q8);
+let dense = self.dense_format.map_or(DenseFormat::Published, |DenseFormatArg::Q8| DenseFormat::Q8);
         let model = open_model(&self.model, dense)?;
-        for capacity in capacities(options) {
-            check_capacity(&model.config, options.numerics, &capacity)?;
+        for (longest, capacity) in sizes {
+            step::check_length(&model, *longest)?;
+            check_capacity(&model.config, self.numerics(), capacity)?;
         }
         let pool = pool(&self.output)?;
         measured(&self.output, |output| pool.install(|| measure(&model, output)))
@@ -269,12 +266,20 @@ fn measured(
     if let Some(path) = &args.csv {
         append_csv(path, &machine, &output.rows).map_err(written)?;
     }
-    result.map_err(|error| match error {
-        bench::Error::Model(error) => Error::Model(error),
-        bench::Error::Io(error) if error.kind() == ErrorKind::BrokenPipe => Error::Io("stdout".into(), error),
-        error => Error::Unsupported(error.to_string()),
-    })?;
+    result?;
     Ok(ExitCode::SUCCESS)
+}
+
+impl From<bench::Error> for Error {
+    fn from(error: bench::Error) -> Self {
+        match error {
+            bench::Error::Model(error) => Self::Model(error),
+            bench::Error::Io(error) if error.kind() == ErrorKind::BrokenPipe => {
+                Self::Io("stdout".into(), error)
+            }
+            error => Self::Unsupported(error.to_string()),
+        }
+    }
 }
 
 /// Rows to stdout as they come, and kept for the CSV.

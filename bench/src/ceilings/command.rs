@@ -2,6 +2,7 @@
 
 use std::hint::black_box;
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use kernels::team;
@@ -88,7 +89,7 @@ fn arithmetic(quick: bool, sink: &mut dyn Sink) -> Result<(), Error> {
         .collect();
     let rate = |(operations, times): &(u64, Times)| *operations as f64 / times.median;
     for (peak, found) in peaks.iter().zip(&measured) {
-        let same = peaks.iter().zip(&measured).filter(|(other, _)| other.bound == peak.bound);
+        let same = peaks.iter().zip(&measured).filter(|(other, _)| peak.bound.takes(other));
         let value = same.map(|(_, found)| rate(found)).fold(0.0, f64::max);
         let share = Share { bound: peak.bound, value, share: rate(found) / value };
         let name = format!("{}/{}", peak.bound.as_str(), peak.isa);
@@ -97,22 +98,32 @@ fn arithmetic(quick: bool, sink: &mut dyn Sink) -> Result<(), Error> {
     Ok(())
 }
 
+/// One region in which every task takes so many seconds.
+type Region<'a> = &'a (dyn Fn(f64) + Sync);
+
 /// What a parallel region costs over its work: ours with held threads, and rayon's own.
 fn regions(quick: bool, sink: &mut dyn Sink) -> Result<(), Error> {
     let (runs, turns) = if quick { (2, 20) } else { (25, 400) };
     let threads = team::threads();
-    let team = |seconds: f64| {
-        team::run(threads, &|_| spin(seconds));
+    // Work that another thread than the one that opened the region did: where there is none, the other cores
+    // were busy, and the row says nothing.
+    let (helped, opener) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let task = |seconds: f64| {
+        if rayon::current_thread_index() != Some(opener.load(Ordering::Relaxed)) {
+            helped.fetch_add(1, Ordering::Relaxed);
+        }
+        spin(seconds);
     };
-    let broadcast = |seconds: f64| {
-        rayon::broadcast(|_| spin(seconds));
-    };
-    let join = |seconds: f64| fork(threads, &|| spin(seconds));
-    let kinds: [(&str, bool, &(dyn Fn(f64) + Sync)); 3] =
+    let team = |seconds: f64| team::run(threads, &|_| task(seconds));
+    let broadcast = |seconds: f64| _ = rayon::broadcast(|_| task(seconds));
+    let join = |seconds: f64| fork(threads, &|| task(seconds));
+    let kinds: [(&str, bool, Region<'_>); 3] =
         [("team", true, &team), ("rayon-join", false, &join), ("rayon-broadcast", false, &broadcast)];
     for (name, held, region) in kinds {
         for side in [0.0, SIDE_SECONDS] {
+            helped.store(0, Ordering::Relaxed);
             let one = || {
+                opener.store(rayon::current_thread_index().unwrap_or(usize::MAX), Ordering::Relaxed);
                 let begun = Instant::now();
                 for _ in 0..turns {
                     region(black_box(side));
@@ -123,7 +134,8 @@ fn regions(quick: bool, sink: &mut dyn Sink) -> Result<(), Error> {
             let seconds: Vec<f64> = (0..runs).map(|_| if held { team::hold(one) } else { one() }).collect();
             let name = if side == 0.0 { format!("region/{name}") } else { format!("region/{name}/20us") };
             let row = Row::new(name, Times::of(&seconds), (0, 0), None, &setting());
-            sink.row(row.with("target_seconds", REGION_TARGET_SECONDS))?;
+            let helped = helped.load(Ordering::Relaxed) as f64 / (runs * turns * (threads - 1)) as f64;
+            sink.row(row.with("helped", helped).with("target_seconds", REGION_TARGET_SECONDS))?;
         }
     }
     Ok(())

@@ -50,7 +50,8 @@ const QUICK_FAMILIES: [Family; 1] =
     [Family { name: "tiny", hidden: 96, inter: 64, experts: 8, top_k: 2, score: Score::Sigmoid }];
 /// Rows of every expert: 11 and 43 are those of prompts of 512 and 2048 tokens through K2's experts.
 const EXPERT_ROWS: [usize; 7] = [1, 2, 4, 8, 11, 16, 43];
-/// Rows of every expert from which on only a quarter of the experts run: the buffers grow with the pairs.
+/// Rows of every expert from which on only a quarter of the experts run: the buffers grow with the pairs. So in the
+/// larger formats.
 const MANY_EXPERT_ROWS: usize = 12;
 
 /// All rows that the options ask for.
@@ -74,7 +75,7 @@ pub fn measure(options: &OpsOptions, sink: &mut dyn Sink) -> Result<(), Error> {
     }
     match &options.filter {
         Some(filter) if count == 0 && !sink.stopped() => Err(Error::Unsupported(format!(
-            "no row's name contains {filter:?}; without a filter all are listed"
+            "no row's name contains {filter:?}; without a filter all rows are measured"
         ))),
         _ => Ok(()),
     }
@@ -89,7 +90,8 @@ fn rows_of(ops: &Ops<'_>) -> &'static [usize] {
 }
 
 fn products(ops: &mut Ops<'_>) -> Result<(), Error> {
-    let shapes: &[Shape] = if ops.options.quick { &QUICK_SHAPES } else { &SHAPES };
+    let quick = ops.options.quick;
+    let shapes: &[Shape] = if quick { &QUICK_SHAPES } else { &SHAPES };
     for &(shape, rows, cols) in shapes {
         for format in FORMATS {
             let bytes = stored_bytes(&ops.stored.matrix(format, (rows, cols), 0));
@@ -104,7 +106,8 @@ fn products(ops: &mut Ops<'_>) -> Result<(), Error> {
                     })?;
                 }
                 let name = format!("transposed/{shape}/{}/m{tokens}", format.as_str());
-                if ops.wants(&name) {
+                // Only experts are ever stored so.
+                if (quick || shape.contains("expert")) && ops.wants(&name) {
                     let (x, mut out) = (activations(tokens * rows), vec![0.0; tokens * cols]);
                     ops.time(&name, work, |stored, isa, run| {
                         let w = stored.matrix(format, (rows, cols), run);
@@ -174,10 +177,11 @@ fn experts(ops: &mut Ops<'_>, family: &Family) -> Result<(), Error> {
         // One token: other experts at every run.
         let one = move |run: usize| (0..top_k).map(|rank| ((run * top_k + rank) % experts) as u32).collect();
         run_case(ops, family, format, (format!("experts/{name}/{format_name}/decode"), top_k), &one)?;
-        let all: &[usize] = if format == Format::Int4 { &EXPERT_ROWS } else { &EXPERT_ROWS[2..5] };
+        let int4 = format == Format::Int4;
+        let all: &[usize] = if int4 { &EXPERT_ROWS } else { &[4, 11] };
         for &rows in if ops.options.quick { &QUICK_ROWS } else { all } {
-            let active =
-                if rows < MANY_EXPERT_ROWS { experts } else { (experts / 4).next_multiple_of(top_k) };
+            let whole = int4 && rows < MANY_EXPERT_ROWS;
+            let active = if whole { experts } else { (experts / 4).next_multiple_of(top_k) };
             let row = format!("experts/{name}/{format_name}/{active}x{rows}");
             let even =
                 move |_| (0..active * rows / top_k * top_k).map(|pair| (pair % active) as u32).collect();
