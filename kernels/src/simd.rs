@@ -116,12 +116,27 @@ pub(crate) trait Lanes: Copy {
     /// 32 values.
     type V: Copy;
 
+    /// Some of the 32 values: as many as a tile of 4 x 3 sums leaves room for in the registers.
+    type Part: Copy;
+    /// Parts that make 32 values; part p begins with value `p * 32 / PARTS`.
+    const PARTS: usize;
+    /// Rows of x whose sums with a few weight rows all stay in registers as whole [`Lanes::V`].
+    const WHOLE_ROWS: usize;
+
     /// Runs `work` in a function of its own, compiled once for all callers.
     fn enter<W: Work>(self, work: W) -> W::Output;
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &[f32; LANES]) -> Self::V;
     fn store(self, v: Self::V, out: &mut [f32; LANES]);
+
+    fn splat_part(self, x: f32) -> Self::Part;
+    fn load_part(self, x: &[f32; LANES], part: usize) -> Self::Part;
+    fn store_part(self, v: Self::Part, out: &mut [f32; LANES], part: usize);
+    /// As [`Lanes::fma`].
+    fn fma_part(self, a: Self::Part, b: Self::Part, c: Self::Part) -> Self::Part;
+    /// Asks for the cache line of `bytes[at]`, if there is one.
+    fn prefetch(self, bytes: &[u8], at: usize);
 
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;

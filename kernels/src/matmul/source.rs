@@ -17,6 +17,11 @@ pub(crate) trait Row: Copy {
     fn chunk<L: Lanes>(&self, l: L, index: usize) -> L::V;
     /// The columns after the last whole chunk, then zeros. Only asked for where there are some.
     fn tail<L: Lanes>(&self, l: L) -> L::V;
+    /// Where `count` whole chunks from `first` on are stored, or as many as there are, to fetch them early.
+    #[inline(always)]
+    fn bytes(&self, _first: usize, _count: usize) -> &[u8] {
+        &[]
+    }
 }
 
 /// `f(source)` for the source of a [`Matrix`].
@@ -113,6 +118,11 @@ macro_rules! plain_source {
                 bytes[..self.rest.len()].copy_from_slice(self.rest);
                 l.$lanes(&bytes)
             }
+            #[inline(always)]
+            fn bytes(&self, first: usize, count: usize) -> &[u8] {
+                let end = self.chunks.len().min(first + count);
+                self.chunks[first.min(end)..end].as_flattened()
+            }
         }
     };
 }
@@ -168,6 +178,11 @@ impl Row for Fp8Row<'_> {
         let scale = f32::from_le_bytes(self.scales[self.scales.len() - 1]);
         cut(l, l.mul(l.e4m3(&bytes), l.splat(scale)), self.rest.len())
     }
+    #[inline(always)]
+    fn bytes(&self, first: usize, count: usize) -> &[u8] {
+        let end = self.chunks.len().min(first + count);
+        self.chunks[first.min(end)..end].as_flattened()
+    }
 }
 
 /// A format of codes with a scale per 32 columns: no row has a tail.
@@ -220,6 +235,11 @@ macro_rules! group_source {
             #[inline(always)]
             fn tail<L: Lanes>(&self, _: L) -> L::V {
                 unreachable!("rows are whole groups")
+            }
+            #[inline(always)]
+            fn bytes(&self, first: usize, count: usize) -> &[u8] {
+                let end = self.codes.len().min(first + count);
+                self.codes[first.min(end)..end].as_flattened()
             }
         }
     };

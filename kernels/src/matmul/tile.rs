@@ -7,18 +7,20 @@ use crate::simd::{LANES, Lanes, Work, padded};
 
 /// Weight rows multiplied at a time.
 const TILE_ROWS: usize = 4;
-/// Rows of x multiplied at a time: 4 x 3 accumulators of two 512-bit registers leave 8 for operands.
+/// Rows of x multiplied at a time: 4 x 3 sums of one part leave registers for the operands.
 const TILE_TOKENS: usize = 3;
-/// Tiles of weight rows dequantised at a time, which halves how often x comes from the second cache.
-const TILES: usize = 2;
-/// Chunks of a weight row dequantised at a time: 8 rows of 768 f32 are 24 KiB, half a first cache, and
-/// three rows of x fit beside them.
-const TILE_CHUNKS: usize = 24;
-/// Rows of x whose accumulators (32 KiB) wait while the next chunks are dequantised.
-const TOKENS: usize = 32;
+/// Chunks of a weight row dequantised at a time: 4 rows of 1536 f32 are 24 KiB, half a first cache, and
+/// three rows of x fit beside them. Fewer would move the sums in and out of the registers more often.
+const TILE_CHUNKS: usize = 48;
+/// Rows of x whose sums (32 KiB) wait while the next chunks are dequantised.
+const TOKENS: usize = 64;
 
 /// Lanes of the products of one row of x with the weight rows of a tile.
 type TileLanes = [[f32; LANES]; TILE_ROWS];
+
+/// Begins on a cache line, so that no chunk lies in two.
+#[repr(align(64))]
+struct Aligned<T>(T);
 
 /// Rows of x, perhaps picked: row t is `x.row(picks[t])`.
 #[derive(Clone, Copy)]
@@ -64,72 +66,73 @@ impl Work for Product<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(mut self, l: L) {
-        with_source!(self.w, source => if self.x.count() == 1 {
-            self.one(l, source)
-        } else {
-            self.many(l, source)
+        with_source!(self.w, source => match self.x.count() {
+            1 => self.few::<L, _, 4, 1>(l, source),
+            2 if L::WHOLE_ROWS >= 2 => self.few::<L, _, 4, 2>(l, source),
+            3 if L::WHOLE_ROWS >= 3 => self.few::<L, _, 4, 3>(l, source),
+            4 if L::WHOLE_ROWS >= 4 => self.few::<L, _, 2, 4>(l, source),
+            _ => self.many(l, source),
         })
     }
 }
 
 impl Product<'_> {
-    /// One row of x: weights are dequantised in registers.
+    /// `T` rows of x: weights are dequantised in registers, `R` rows at a time.
     #[inline(always)]
-    fn one<L: Lanes, S: Source>(&mut self, l: L, source: S) {
-        let x = self.x.row(0);
-        let mut r = 0;
-        while r + TILE_ROWS <= self.w.rows {
-            let rows: [S::Row; TILE_ROWS] =
-                [source.row(r), source.row(r + 1), source.row(r + 2), source.row(r + 3)];
-            let [dots] = dots(l, rows, [x]);
-            self.finish(r, 0, &dots);
-            r += TILE_ROWS;
+    fn few<L: Lanes, S: Source, const R: usize, const T: usize>(&mut self, l: L, source: S) {
+        let x = std::array::from_fn(|t| self.x.row(t));
+        let whole = self.w.rows / R * R;
+        for r in (0..whole).step_by(R) {
+            let rows: [S::Row; R] = std::array::from_fn(|i| source.row(r + i));
+            let dots: [[f32; R]; T] = dots(l, rows, x);
+            dots.iter().enumerate().for_each(|(t, dots)| self.finish(r, t, dots));
         }
-        while r < self.w.rows {
-            let [dots] = dots(l, [source.row(r)], [x]);
-            self.finish(r, 0, &dots);
-            r += 1;
+        for r in whole..self.w.rows {
+            let dots: [[f32; 1]; T] = dots(l, [source.row(r)], x);
+            dots.iter().enumerate().for_each(|(t, dots)| self.finish(r, t, dots));
         }
     }
 
     /// Many rows of x: weights are dequantised once per [`TOKENS`] of them.
     #[inline(always)]
     fn many<L: Lanes, S: Source>(&mut self, l: L, source: S) {
-        const ROWS: usize = TILES * TILE_ROWS;
         let chunks = self.w.cols.div_ceil(LANES);
-        let mut weights = [[[[0.0; LANES]; TILE_CHUNKS]; TILE_ROWS]; TILES];
-        let mut lanes = [[[[0.0; LANES]; TILE_ROWS]; TOKENS]; TILES];
-        for r in (0..self.w.rows).step_by(ROWS) {
-            let rows = ROWS.min(self.w.rows - r);
-            let tiles = rows.div_ceil(TILE_ROWS);
+        let panels = chunks.div_ceil(TILE_CHUNKS).max(1);
+        // All about as long: the sums are moved as often for a short panel as for a long one.
+        let panel = chunks.div_ceil(panels).max(1);
+        let mut weights = Aligned([[[0.0; LANES]; TILE_CHUNKS]; TILE_ROWS]);
+        let mut lanes = Aligned([[[0.0; LANES]; TILE_ROWS]; TOKENS]);
+        let (weights, lanes) = (&mut weights.0, &mut lanes.0);
+        for r in (0..self.w.rows).step_by(TILE_ROWS) {
+            let rows = TILE_ROWS.min(self.w.rows - r);
             for t in (0..self.x.count()).step_by(TOKENS) {
                 let tokens = TOKENS.min(self.x.count() - t);
-                for lanes in &mut lanes[..tiles] {
-                    lanes[..tokens].fill([[0.0; LANES]; TILE_ROWS]);
-                }
-                for c in (0..chunks).step_by(TILE_CHUNKS) {
-                    if t == 0 || chunks > TILE_CHUNKS {
-                        for (i, weights) in weights.as_flattened_mut()[..rows].iter_mut().enumerate() {
-                            dequantise(l, source.row(r + i), self.w.cols, c, weights);
+                for c in (0..chunks).step_by(panel) {
+                    if t == 0 || panels > 1 {
+                        for (i, weights) in weights[..rows].iter_mut().enumerate() {
+                            dequantise(l, source.row(r + i), self.w.cols, c, &mut weights[..panel]);
                         }
                     }
-                    let weights = &weights[..tiles];
+                    let (row, chunk) = if c + panel < chunks { (r, c + panel) } else { (r + TILE_ROWS, 0) };
+                    let next = |i: usize| (row + i < self.w.rows).then(|| source.row(row + i));
+                    let next = [next(0), next(1), next(2), next(3)];
+                    let next = next.each_ref().map(|row| match row {
+                        Some(row) => row.bytes(chunk, panel),
+                        None => &[],
+                    });
                     l.enter(Accumulate {
                         x: self.x,
                         weights,
-                        chunk: c,
-                        first: t,
-                        count: tokens,
-                        lanes: &mut lanes,
+                        chunks: (c, panel),
+                        tokens: (t, tokens),
+                        next,
+                        lanes,
                     });
                 }
-                for (tile, lanes) in lanes[..tiles].iter().enumerate() {
-                    for (i, lanes) in lanes[..tokens].iter().enumerate() {
-                        let [a, b, c, d] = lanes;
-                        let dots = l.sum4([l.load(a), l.load(b), l.load(c), l.load(d)]);
-                        let first = tile * TILE_ROWS;
-                        self.finish(r + first, t + i, &dots[..TILE_ROWS.min(rows - first)]);
-                    }
+                for (i, lanes) in lanes[..tokens].iter().enumerate() {
+                    let [a, b, c, d] = lanes;
+                    let dots = l.sum4([l.load(a), l.load(b), l.load(c), l.load(d)]);
+                    self.finish(r, t + i, &dots[..rows]);
                 }
             }
         }
@@ -151,13 +154,14 @@ type TileWeights = [[[f32; LANES]; TILE_CHUNKS]; TILE_ROWS];
 /// Adds the products of some chunks of weights to the lanes of some rows of x. No format is left here.
 struct Accumulate<'a, 'l> {
     x: Input<'a>,
-    weights: &'l [TileWeights],
-    /// First chunk, of those the weights hold.
-    chunk: usize,
-    /// First row of x.
-    first: usize,
-    count: usize,
-    lanes: &'l mut [[TileLanes; TOKENS]; TILES],
+    weights: &'l TileWeights,
+    /// First chunk, of those the weights hold, and how many at most.
+    chunks: (usize, usize),
+    /// First row of x, and how many.
+    tokens: (usize, usize),
+    /// What will be dequantised next, of each row.
+    next: [&'l [u8]; TILE_ROWS],
+    lanes: &'l mut [TileLanes; TOKENS],
 }
 
 impl Work for Accumulate<'_, '_> {
@@ -165,27 +169,25 @@ impl Work for Accumulate<'_, '_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, l: L) {
+        let (first, count) = self.tokens;
+        let row = |t: usize| &self.x.row(first + t)[self.chunks.0 * LANES..];
         let mut t = 0;
-        while t < self.count {
-            let row = |i: usize| self.x.row(self.first + t + i);
-            let tiles = self.weights.iter().zip(self.lanes.iter_mut());
-            match self.count - t {
-                1 => {
-                    let x = [row(0)];
-                    tiles.for_each(|(w, lanes)| add_products(l, w, x, self.chunk, rows_of(lanes, t)));
-                    t += 1;
-                }
-                2 => {
-                    let x = [row(0), row(1)];
-                    tiles.for_each(|(w, lanes)| add_products(l, w, x, self.chunk, rows_of(lanes, t)));
-                    t += 2;
-                }
-                _ => {
-                    let x = [row(0), row(1), row(2)];
-                    tiles.for_each(|(w, lanes)| add_products(l, w, x, self.chunk, rows_of(lanes, t)));
-                    t += TILE_TOKENS;
-                }
+        while t < count {
+            // Rather 2 + 2 than 3 + 1: a single row waits for its sums.
+            let tokens = match count - t {
+                n @ (1 | 2) => n,
+                4 => 2,
+                _ => TILE_TOKENS,
+            };
+            // Each tile of rows of x fetches its share of the next weights.
+            let fetch = t * TILE_ROWS / count..(t + tokens) * TILE_ROWS / count;
+            let panel = Panel { weights: self.weights, chunks: self.chunks, next: &self.next[fetch] };
+            match tokens {
+                1 => panel.add(l, [row(t)], rows_of(self.lanes, t)),
+                2 => panel.add(l, [row(t), row(t + 1)], rows_of(self.lanes, t)),
+                _ => panel.add(l, [row(t), row(t + 1), row(t + 2)], rows_of(self.lanes, t)),
             }
+            t += tokens;
         }
     }
 }
@@ -240,10 +242,15 @@ pub(super) fn dequantise<L: Lanes, W: Row>(
     chunk: usize,
     out: &mut [[f32; LANES]],
 ) {
-    let whole = cols / LANES;
-    for (c, out) in (chunk..cols.div_ceil(LANES)).zip(out) {
-        let v = if c < whole { row.chunk(l, c) } else { row.tail(l) };
-        l.store(v, out);
+    let whole = (cols / LANES).saturating_sub(chunk).min(out.len());
+    let (chunks, rest) = out.split_at_mut(whole);
+    for (c, out) in chunks.iter_mut().enumerate() {
+        l.store(row.chunk(l, chunk + c), out);
+    }
+    if let Some(out) = rest.first_mut()
+        && (chunk + whole) * LANES < cols
+    {
+        l.store(row.tail(l), out);
     }
 }
 
@@ -253,42 +260,47 @@ fn rows_of<V, const T: usize>(lanes: &mut [V], t: usize) -> &mut [V; T] {
     lanes[t..].first_chunk_mut().expect("the caller counted")
 }
 
-/// Adds to `lanes[t][r]` the products of `x[t]`, from column `32 * chunk` on, with `weights[r]`.
-#[inline(always)]
-fn add_products<L: Lanes, const T: usize>(
-    l: L,
-    weights: &TileWeights,
-    x: [&[f32]; T],
-    chunk: usize,
-    lanes: &mut [TileLanes; T],
-) {
-    let mut sums = [[l.splat(0.0); TILE_ROWS]; T];
-    for (sums, lanes) in sums.iter_mut().zip(lanes.iter()) {
-        for (sum, lanes) in sums.iter_mut().zip(lanes) {
-            *sum = l.load(lanes);
-        }
-    }
-    let x = x.map(|x| &x[chunk * LANES..]);
-    let count = x[0].len().div_ceil(LANES).min(TILE_CHUNKS);
-    let whole = count.min(x[0].len() / LANES);
-    let chunks = x.map(|x| &x.as_chunks::<LANES>().0[..whole]);
-    for c in 0..whole {
-        let mut v = [l.splat(0.0); T];
-        for (v, chunks) in v.iter_mut().zip(chunks) {
-            *v = l.load(&chunks[c]);
-        }
-        add_chunk(l, weights, c, v, &mut sums);
-    }
-    if whole < count {
-        let mut v = [l.splat(0.0); T];
-        for (v, x) in v.iter_mut().zip(x) {
-            *v = l.load(&padded(&x[whole * LANES..], 0.0));
-        }
-        add_chunk(l, weights, whole, v, &mut sums);
-    }
-    for (sums, lanes) in sums.iter().zip(lanes) {
-        for (sum, lanes) in sums.iter().zip(lanes) {
-            l.store(*sum, lanes);
+/// Some dequantised chunks of a tile of weight rows.
+struct Panel<'l> {
+    weights: &'l TileWeights,
+    /// Which chunk of the rows the first is, and how many there are at most.
+    chunks: (usize, usize),
+    /// What will be dequantised next, to be fetched meanwhile.
+    next: &'l [&'l [u8]],
+}
+
+impl Panel<'_> {
+    /// Adds to `lanes[t][r]` the products of `x[t]`, which begins at the first chunk, with weight row r; to
+    /// nothing at the beginning of a row.
+    #[inline(always)]
+    fn add<L: Lanes, const T: usize>(&self, l: L, x: [&[f32]; T], lanes: &mut [TileLanes; T]) {
+        let (first, count) = self.chunks;
+        let whole = count.min(x[0].len() / LANES);
+        let rest = if whole < count { x[0].len() % LANES } else { 0 };
+        let chunks = x.map(|x| &x.as_chunks::<LANES>().0[..whole]);
+        let weights: [_; TILE_ROWS] = std::array::from_fn(|r| &self.weights[r][..whole]);
+        for part in 0..L::PARTS {
+            let mut sums = [[l.splat_part(0.0); TILE_ROWS]; T];
+            if first > 0 {
+                for (sum, lanes) in sums.as_flattened_mut().iter_mut().zip(lanes.as_flattened()) {
+                    *sum = l.load_part(lanes, part);
+                }
+            }
+            for c in 0..whole {
+                if part == 0 {
+                    for bytes in self.next {
+                        l.prefetch(bytes, c * 64);
+                    }
+                }
+                add_chunk(l, part, weights.map(|w| &w[c]), chunks.map(|x| &x[c]), &mut sums);
+            }
+            if rest > 0 {
+                let x = x.map(|x| padded(&x[whole * LANES..], 0.0));
+                add_chunk(l, part, self.weights.each_ref().map(|w| &w[whole]), x.each_ref(), &mut sums);
+            }
+            for (sum, lanes) in sums.as_flattened().iter().zip(lanes.as_flattened_mut()) {
+                l.store_part(*sum, lanes, part);
+            }
         }
     }
 }
@@ -296,15 +308,19 @@ fn add_products<L: Lanes, const T: usize>(
 #[inline(always)]
 fn add_chunk<L: Lanes, const T: usize>(
     l: L,
-    weights: &TileWeights,
-    chunk: usize,
-    x: [L::V; T],
-    sums: &mut [[L::V; TILE_ROWS]; T],
+    part: usize,
+    weights: [&[f32; LANES]; TILE_ROWS],
+    x: [&[f32; LANES]; T],
+    sums: &mut [[L::Part; TILE_ROWS]; T],
 ) {
+    let mut v = [l.splat_part(0.0); T];
+    for (v, x) in v.iter_mut().zip(x) {
+        *v = l.load_part(x, part);
+    }
     for (r, weights) in weights.iter().enumerate() {
-        let w = l.load(&weights[chunk]);
-        for (sums, x) in sums.iter_mut().zip(x) {
-            sums[r] = l.fma(w, x, sums[r]);
+        let w = l.load_part(weights, part);
+        for (sums, v) in sums.iter_mut().zip(v) {
+            sums[r] = l.fma_part(w, v, sums[r]);
         }
     }
 }

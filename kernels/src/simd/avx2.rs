@@ -55,6 +55,9 @@ const E2M1_LOW: [u8; 16] = [0, 0, 0x80, 0xc0, 0, 0x40, 0x80, 0xc0, 0, 0, 0x80, 0
 
 impl Lanes for Avx2 {
     type V = V;
+    type Part = __m256;
+    const PARTS: usize = 4;
+    const WHOLE_ROWS: usize = 1;
 
     #[inline]
     fn enter<W: Work>(self, work: W) -> W::Output {
@@ -94,6 +97,33 @@ impl Lanes for Avx2 {
             _mm256_storeu_ps(p.add(16), v[2]);
             _mm256_storeu_ps(p.add(24), v[3]);
         }
+    }
+    #[inline(always)]
+    fn splat_part(self, x: f32) -> __m256 {
+        // SAFETY: the token proves AVX2.
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load_part(self, x: &[f32; LANES], part: usize) -> __m256 {
+        let eight = &x.as_chunks::<8>().0[part];
+        // SAFETY: the token proves AVX2; 8 values are read from a reference to 8.
+        unsafe { _mm256_loadu_ps(eight.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store_part(self, v: __m256, out: &mut [f32; LANES], part: usize) {
+        let eight = &mut out.as_chunks_mut::<8>().0[part];
+        // SAFETY: the token proves AVX2; 8 values are written to a reference to 8.
+        unsafe { _mm256_storeu_ps(eight.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn fma_part(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: the token proves FMA.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn prefetch(self, bytes: &[u8], at: usize) {
+        // SAFETY: every processor of this family has the instruction, which faults at no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at.min(bytes.len())).cast()) }
     }
     #[inline(always)]
     fn add(self, a: V, b: V) -> V {

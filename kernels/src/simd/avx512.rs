@@ -62,6 +62,9 @@ const INT4: [f32; 16] =
 
 impl Lanes for Avx512 {
     type V = V;
+    type Part = V;
+    const PARTS: usize = 1;
+    const WHOLE_ROWS: usize = 4;
 
     #[inline]
     fn enter<W: Work>(self, work: W) -> W::Output {
@@ -90,6 +93,27 @@ impl Lanes for Avx512 {
             _mm512_storeu_ps(out.as_mut_ptr(), v[0]);
             _mm512_storeu_ps(out.as_mut_ptr().add(16), v[1]);
         }
+    }
+    #[inline(always)]
+    fn splat_part(self, x: f32) -> V {
+        self.splat(x)
+    }
+    #[inline(always)]
+    fn load_part(self, x: &[f32; LANES], _: usize) -> V {
+        self.load(x)
+    }
+    #[inline(always)]
+    fn store_part(self, v: V, out: &mut [f32; LANES], _: usize) {
+        self.store(v, out);
+    }
+    #[inline(always)]
+    fn fma_part(self, a: V, b: V, c: V) -> V {
+        self.fma(a, b, c)
+    }
+    #[inline(always)]
+    fn prefetch(self, bytes: &[u8], at: usize) {
+        // SAFETY: every processor of this family has the instruction, which faults at no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at.min(bytes.len())).cast()) }
     }
     #[inline(always)]
     fn add(self, a: V, b: V) -> V {

@@ -68,6 +68,9 @@ fn nibble(x: &[u8; 16], i: usize) -> u8 {
 
 impl Lanes for Portable {
     type V = V;
+    type Part = V;
+    const PARTS: usize = 1;
+    const WHOLE_ROWS: usize = 1;
 
     #[inline(never)]
     fn enter<W: Work>(self, work: W) -> W::Output {
@@ -86,6 +89,24 @@ impl Lanes for Portable {
     fn store(self, v: V, out: &mut [f32; LANES]) {
         *out = v;
     }
+    #[inline(always)]
+    fn splat_part(self, x: f32) -> V {
+        self.splat(x)
+    }
+    #[inline(always)]
+    fn load_part(self, x: &[f32; LANES], _: usize) -> V {
+        self.load(x)
+    }
+    #[inline(always)]
+    fn store_part(self, v: V, out: &mut [f32; LANES], _: usize) {
+        self.store(v, out);
+    }
+    #[inline(always)]
+    fn fma_part(self, a: V, b: V, c: V) -> V {
+        self.fma(a, b, c)
+    }
+    #[inline(always)]
+    fn prefetch(self, _: &[u8], _: usize) {}
     #[inline(always)]
     fn add(self, a: V, b: V) -> V {
         add(&a, &b)
