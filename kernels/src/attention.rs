@@ -144,13 +144,7 @@ pub fn mla(
 ///
 /// # Panics
 /// As [`mla`], and if the sequences do not cover the rows one after another.
-pub fn mla_batch(
-    isa: Isa,
-    shape: &Mla,
-    queries: BatchQueries<'_>,
-    scratch: &mut [f32],
-    out: &mut [f32],
-) {
+pub fn mla_batch(isa: Isa, shape: &Mla, queries: BatchQueries<'_>, scratch: &mut [f32], out: &mut [f32]) {
     let shape = Shape {
         heads: shape.heads,
         kv_heads: 1,
@@ -185,13 +179,7 @@ pub fn gqa(
 ///
 /// # Panics
 /// As [`gqa`], and if the sequences do not cover the rows one after another.
-pub fn gqa_batch<'a>(
-    isa: Isa,
-    shape: &Gqa<'a>,
-    queries: BatchQueries<'a>,
-    scratch: &mut [f32],
-    out: &mut [f32],
-) {
+pub fn gqa_batch(isa: Isa, shape: &Gqa<'_>, queries: BatchQueries<'_>, scratch: &mut [f32], out: &mut [f32]) {
     assert!(shape.kv_heads > 0 && shape.heads.is_multiple_of(shape.kv_heads), "query heads per key head");
     assert!(shape.sinks.is_none_or(|s| s.len() == shape.heads), "one sink per head");
     assert!(shape.window != Some(0), "a window of nothing");

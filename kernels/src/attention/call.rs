@@ -49,8 +49,8 @@ impl Shape<'_> {
 }
 
 /// One call.
-pub(super) struct Call<'a> {
-    pub(super) shape: Shape<'a>,
+pub(super) struct Call<'a, 's> {
+    pub(super) shape: Shape<'s>,
     pub(super) queries: Rows<'a>,
     pub(super) batch: BatchQueries<'a>,
     /// Sequences before this one have their spans side by side where they are [`Call::splittable`].
@@ -58,10 +58,10 @@ pub(super) struct Call<'a> {
 }
 
 /// Attention of all rows of a batch.
-pub(super) fn attend<'a>(
+pub(super) fn attend(
     isa: Isa,
-    shape: Shape<'a>,
-    batch: BatchQueries<'a>,
+    shape: Shape<'_>,
+    batch: BatchQueries<'_>,
     scratch: &mut [f32],
     out: &mut [f32],
 ) {
@@ -79,7 +79,8 @@ pub(super) fn attend<'a>(
     let states = if parallel { call.choose_split(scratch.len() / (shape.heads * state)) } else { 0 };
 
     let (mut band, mut heads) = if parallel { limits } else { (queries.count(), shape.heads) };
-    let parts = |band: usize, heads: usize| (states + queries.count().div_ceil(band)) * shape.heads.div_ceil(heads);
+    let parts =
+        |band: usize, heads: usize| (states + queries.count().div_ceil(band)) * shape.heads.div_ceil(heads);
     while parallel && parts(band, heads) < PARTS * team::threads() {
         let fewer = fewer_heads(&shape, heads);
         match (band, fewer) {
@@ -98,7 +99,13 @@ pub(super) fn attend<'a>(
         ),
         &|part| {
             let first_head = part.first_column / state;
-            isa.run(Split { call, block: limits.1.min(heads), index: part.first_row, first_head, out: part.rows });
+            isa.run(Split {
+                call,
+                block: limits.1.min(heads),
+                index: part.first_row,
+                first_head,
+                out: part.rows,
+            });
         },
         &|part| {
             let first_head = part.first_column / shape.value;
@@ -122,7 +129,7 @@ fn fewer_heads(shape: &Shape<'_>, heads: usize) -> Option<usize> {
     (FEW_HEADS..heads).rev().find(|fewer| 2 * fewer <= heads && per.is_multiple_of(*fewer))
 }
 
-impl<'a> Call<'a> {
+impl<'a> Call<'a, '_> {
     pub(super) fn sequence(&self, index: usize) -> Sequence<'a> {
         (self.batch.sequence)(index)
     }

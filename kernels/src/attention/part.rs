@@ -1,11 +1,11 @@
 //! What one thread does at a time, and the memory it does it in.
 
+use super::PAGE;
 use super::SPAN;
 use super::call::{Call, Shape};
-use super::PAGE;
 use super::span::{Block, Chunk, Prepare, Span, Weights, Workspace};
-use super::tile::{Rows4, TILE_KEYS, TILE_ROWS};
 use super::state::{Total, state_chunks};
+use super::tile::{Rows4, TILE_KEYS, TILE_ROWS};
 use crate::rows::RowsMut;
 use crate::simd::{LANES, Lanes, Work};
 
@@ -81,7 +81,7 @@ struct Room<'m> {
 
 /// Some heads of some rows, of whatever sequences; not of those whose spans are parts of their own.
 pub(super) struct Part<'p, 'a, 'o> {
-    pub(super) call: &'p Call<'a>,
+    pub(super) call: &'p Call<'a, 'p>,
     /// Tokens and heads that are taken together at most.
     pub(super) block: (usize, usize),
     pub(super) first_row: usize,
@@ -174,7 +174,7 @@ fn attend_block<L: Lanes>(
 
 /// The states of some heads of a token over one span.
 pub(super) struct Split<'p, 'a, 'o> {
-    pub(super) call: &'p Call<'a>,
+    pub(super) call: &'p Call<'a, 'p>,
     /// Heads that are taken together at most.
     pub(super) block: usize,
     /// Of the state, among all of the call.
@@ -198,7 +198,11 @@ impl Work for Split<'_, '_, '_> {
         let Room { queries, unpacked, weights, keep, .. } = memory.room();
         for (index, states) in states.chunks_mut(self.block * len).enumerate() {
             let head = index * self.block;
-            let block = self.call.block(&sequence, (token, 1), (self.first_head + head, self.block.min(heads - head)));
+            let block = self.call.block(
+                &sequence,
+                (token, 1),
+                (self.first_head + head, self.block.min(heads - head)),
+            );
             let (begin, end) = block.range();
             let range = (begin.max(span * SPAN), end.min((span + 1) * SPAN));
             if range.0 < range.1 {

@@ -8,8 +8,8 @@
 use super::cache::{CacheSlice, Element, PAGE, Page, Pages, tail};
 use super::state::{PEAK, state_chunks};
 use super::tile::{
-    Ahead, FEW_ROWS, FewScores, FewValues, Keys3, PACE, Rows4, Scores, Soften, TILE_CHUNKS, TILE_KEYS, TILE_ROWS,
-    Values,
+    Ahead, FEW_ROWS, FewScores, FewValues, Keys3, PACE, Rows4, Scores, Soften, TILE_CHUNKS, TILE_KEYS,
+    TILE_ROWS, Values,
 };
 use crate::rows::Rows;
 use crate::simd::{LANES, Lanes, Work, padded};
@@ -196,7 +196,15 @@ fn tiles<L: Lanes, E: Element>(
                 for offset in (offsets.0..offsets.1).step_by(most) {
                     let end = offsets.1.min(offset + most);
                     let keys = unpack_keys(l, page, (offset, end), unpacked);
-                    l.enter(Scores { queries, keys, chunks, offset, end, ahead: &mut values_ahead, out: scores });
+                    l.enter(Scores {
+                        queries,
+                        keys,
+                        chunks,
+                        offset,
+                        end,
+                        ahead: &mut values_ahead,
+                        out: scores,
+                    });
                 }
             }
 
@@ -215,7 +223,15 @@ fn tiles<L: Lanes, E: Element>(
                 }
                 if whole * LANES < page.width {
                     let ahead = &mut keys_ahead;
-                    l.enter(FewValues::<E, true> { page, offsets, chunk: whole, weights, keep, ahead, states });
+                    l.enter(FewValues::<E, true> {
+                        page,
+                        offsets,
+                        chunk: whole,
+                        weights,
+                        keep,
+                        ahead,
+                        states,
+                    });
                 }
                 continue;
             }

@@ -333,7 +333,8 @@ impl<E: Element, const TAIL: bool> Work for FewValues<'_, '_, E, TAIL> {
             ahead.step();
             for offset in first..offsets.1.min(first + PACE).min(PAGE) {
                 let columns = &page.row(offset)[chunk * LANES..];
-                let v = if TAIL { tail(l, columns) } else { E::lanes(l, columns.first_chunk().expect("whole")) };
+                let v =
+                    if TAIL { tail(l, columns) } else { E::lanes(l, columns.first_chunk().expect("whole")) };
                 for (sum, weights) in sums.iter_mut().zip(weights) {
                     *sum = l.fma(l.splat(weights[offset]), v, *sum);
                 }
