@@ -10,14 +10,17 @@
 //! the first `latent` of the same row.
 
 mod cache;
+mod call;
+mod part;
 mod span;
+mod state;
+mod tile;
 
 pub use cache::{CacheMut, CacheSlice, CacheType, PAGE, Pages, write_rows};
 
-use crate::matmul::pieces;
-use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES};
-use span::{Finish, Group, Serial, Span, group_heads, state_len};
+use call::{Shape, attend};
+use state::state_chunks;
 
 /// Positions whose softmax is kept in one piece.
 pub const SPAN: usize = 2048;
@@ -33,6 +36,32 @@ pub struct Queries<'a> {
     pub rows: &'a [f32],
     /// Absolute position of the first. Query at position p sees positions 0 ..= p, all already in the cache.
     pub first_position: usize,
+}
+
+/// Queries of a batch of sequences.
+#[derive(Clone, Copy)]
+pub struct BatchQueries<'a> {
+    /// `[tokens, heads * width]`, rotated.
+    pub rows: &'a [f32],
+    /// Number of sequences.
+    pub count: usize,
+    /// Sequence by index. They follow one another and cover all rows.
+    pub sequence: &'a (dyn Fn(usize) -> Sequence<'a> + Sync),
+}
+
+/// Consecutive queries of one sequence in a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequence<'a> {
+    /// Row of the first.
+    pub first: usize,
+    /// How many.
+    pub tokens: usize,
+    /// As in [`Queries`].
+    pub first_position: usize,
+    /// The sequence's keys; its latents, where those are cached.
+    pub keys: Pages<'a>,
+    /// The sequence's values; the same latents.
+    pub values: Pages<'a>,
 }
 
 /// Absorbed latent attention.
@@ -89,7 +118,7 @@ impl Gqa<'_> {
 fn scratch_len(heads: usize, value: usize, tokens: usize, context: usize) -> usize {
     let spans = context.div_ceil(SPAN);
     let rows = tokens.min(SPLIT_HEADS / heads.max(1));
-    if spans < 2 { 0 } else { rows * spans * heads * state_len(value) }
+    if spans < 2 { 0 } else { rows * spans * heads * state_chunks(value) * LANES }
 }
 
 /// Absorbed latent attention: queries are `[tokens, heads * (latent + rope)]`, rows of the cache
@@ -102,10 +131,20 @@ pub fn mla(
     isa: Isa,
     shape: &Mla,
     queries: Queries<'_>,
-    cache: &Pages<'_>,
+    pages: &Pages<'_>,
     scratch: &mut [f32],
     out: &mut [f32],
 ) {
+    let width = shape.heads * (shape.latent + shape.rope);
+    let sequence = |_| alone(queries, width, (pages, pages));
+    mla_batch(isa, shape, BatchQueries { rows: queries.rows, count: 1, sequence: &sequence }, scratch, out);
+}
+
+/// [`mla`] of several sequences at once.
+///
+/// # Panics
+/// As [`mla`], and if the sequences do not cover the rows one after another.
+pub fn mla_batch(isa: Isa, shape: &Mla, queries: BatchQueries<'_>, scratch: &mut [f32], out: &mut [f32]) {
     let shape = Shape {
         heads: shape.heads,
         kv_heads: 1,
@@ -115,7 +154,7 @@ pub fn mla(
         window: usize::MAX,
         sinks: None,
     };
-    attend(isa, &shape, queries, (cache, cache), scratch, out);
+    attend(isa, shape, queries, scratch, out);
 }
 
 /// Grouped-query attention: queries are `[tokens, heads * head_dim]`, rows of the caches
@@ -128,10 +167,19 @@ pub fn gqa(
     isa: Isa,
     shape: &Gqa<'_>,
     queries: Queries<'_>,
-    (keys, values): (&Pages<'_>, &Pages<'_>),
+    pages: (&Pages<'_>, &Pages<'_>),
     scratch: &mut [f32],
     out: &mut [f32],
 ) {
+    let sequence = |_| alone(queries, shape.heads * shape.head_dim, pages);
+    gqa_batch(isa, shape, BatchQueries { rows: queries.rows, count: 1, sequence: &sequence }, scratch, out);
+}
+
+/// [`gqa`] of several sequences at once.
+///
+/// # Panics
+/// As [`gqa`], and if the sequences do not cover the rows one after another.
+pub fn gqa_batch(isa: Isa, shape: &Gqa<'_>, queries: BatchQueries<'_>, scratch: &mut [f32], out: &mut [f32]) {
     assert!(shape.kv_heads > 0 && shape.heads.is_multiple_of(shape.kv_heads), "query heads per key head");
     assert!(shape.sinks.is_none_or(|s| s.len() == shape.heads), "one sink per head");
     assert!(shape.window != Some(0), "a window of nothing");
@@ -144,154 +192,11 @@ pub fn gqa(
         window: shape.window.unwrap_or(usize::MAX),
         sinks: shape.sinks,
     };
-    attend(isa, &shape, queries, (keys, values), scratch, out);
+    attend(isa, shape, queries, scratch, out);
 }
 
-/// What both kinds of attention are.
-struct Shape<'a> {
-    heads: usize,
-    kv_heads: usize,
-    key: usize,
-    value: usize,
-    scale: f32,
-    window: usize,
-    sinks: Option<&'a [f32]>,
-}
-
-impl Shape<'_> {
-    /// First position that the query at `position` sees.
-    fn begin(&self, position: usize) -> usize {
-        (position + 1).saturating_sub(self.window)
-    }
-
-    /// Heads that one [`Group`] takes: they share a key head, and its state fits.
-    fn group_heads(&self) -> usize {
-        let per = self.heads / self.kv_heads;
-        let most = group_heads(self.value).min(per);
-        // The greatest divisor: so every group of a key head is as large as the others.
-        (1..=most).rev().find(|n| per.is_multiple_of(*n)).unwrap_or(1)
-    }
-}
-
-/// One call.
-struct Call<'a> {
-    isa: Isa,
-    shape: &'a Shape<'a>,
-    queries: Rows<'a>,
-    first_position: usize,
-    keys: &'a Pages<'a>,
-    values: &'a Pages<'a>,
-}
-
-fn attend(
-    isa: Isa,
-    shape: &Shape<'_>,
-    queries: Queries<'_>,
-    (keys, values): (&Pages<'_>, &Pages<'_>),
-    scratch: &mut [f32],
-    out: &mut [f32],
-) {
-    let rows = Rows::new(queries.rows, shape.heads * shape.key);
-    let out = RowsMut::new(out, shape.heads * shape.value);
-    assert_eq!(rows.count(), out.count(), "rows in and out");
-    if rows.count() == 0 {
-        return;
-    }
-    let end = queries.first_position + rows.count();
-    keys.check(end, shape.kv_heads * shape.key);
-    values.check(end, shape.kv_heads * shape.value);
-
-    let visible = end - shape.begin(queries.first_position);
-    let work = rows.count() * shape.heads * visible * (shape.key + shape.value);
-    let group = shape.group_heads();
-    let (band, columns) = pieces(work, (rows.count(), shape.heads), (1, group));
-    let call = Call { isa, shape, queries: rows, first_position: queries.first_position, keys, values };
-
-    let spans = end.div_ceil(SPAN) - shape.begin(queries.first_position) / SPAN;
-    let state = state_len(shape.value);
-    let needed = rows.count() * spans * shape.heads * state;
-    let split = spans > 1
-        && rows.count() * shape.heads <= SPLIT_HEADS
-        && (band, columns) != (rows.count(), shape.heads)
-        && scratch.len() >= needed;
-    if split {
-        let scratch = &mut scratch[..needed];
-        let states = RowsMut::new(scratch, shape.heads * state);
-        for_each_part(Cut::new(states, Bands::Every(1), group * state), &|part| {
-            call.span(part.first_row / spans, part.first_row % spans, part.first_column / state, part.rows);
-        });
-        call.merge(spans, Rows::new(scratch, shape.heads * state), out);
-    } else {
-        for_each_part(Cut::new(out, Bands::Every(band), columns * shape.value), &|mut part| {
-            for row in 0..part.rows.count() {
-                let first = part.first_column / shape.value;
-                for (i, out) in part.rows.row(row).chunks_mut(group * shape.value).enumerate() {
-                    call.serial(part.first_row + row, first + i * group, out);
-                }
-            }
-        });
-    }
-}
-
-impl<'a> Call<'a> {
-    fn group(&self, row: usize, heads: (usize, usize)) -> Group<'a> {
-        let Shape { key, value, kv_heads, .. } = *self.shape;
-        let kv_head = heads.0 / (self.shape.heads / kv_heads);
-        Group {
-            queries: self.queries.columns(heads.0 * key, (heads.1 - heads.0) * key).row(row),
-            keys: self.keys,
-            values: self.values,
-            key_columns: (kv_head * key, key),
-            value_columns: (kv_head * value, value),
-            scale: self.shape.scale,
-        }
-    }
-
-    /// Positions that row `row` sees.
-    fn visible(&self, row: usize) -> (usize, usize) {
-        let position = self.first_position + row;
-        (self.shape.begin(position), position + 1)
-    }
-
-    fn sinks(&self, heads: (usize, usize)) -> Option<&'a [f32]> {
-        self.shape.sinks.map(|sinks| &sinks[heads.0..heads.1])
-    }
-
-    /// One group of heads of a row, its spans one after another.
-    fn serial(&self, row: usize, head: usize, out: &mut [f32]) {
-        let heads = (head, head + out.len() / self.shape.value);
-        let group = self.group(row, heads);
-        self.isa.run(Serial { group, range: self.visible(row), sinks: self.sinks(heads), out });
-    }
-
-    /// The state of one span of some heads of a row.
-    fn span(&self, row: usize, span: usize, head: usize, mut out: RowsMut<'_>) {
-        let heads = (head, head + out.width() / state_len(self.shape.value));
-        let (begin, end) = self.visible(row);
-        let span = self.first_span() + span;
-        let range = (begin.max(span * SPAN), end.min((span + 1) * SPAN));
-        if range.0 < range.1 {
-            let group = self.group(row, heads);
-            self.isa.run(Span { group, range, state: out.row(0).as_chunks_mut::<LANES>().0 });
-        }
-    }
-
-    fn first_span(&self) -> usize {
-        self.shape.begin(self.first_position) / SPAN
-    }
-
-    /// Merges what [`Self::spans`] left.
-    fn merge(&self, spans: usize, states: Rows<'_>, mut out: RowsMut<'_>) {
-        for row in 0..out.count() {
-            let (begin, end) = self.visible(row);
-            let seen = (begin / SPAN - self.first_span(), end.div_ceil(SPAN) - self.first_span());
-            let states = states.slice(row * spans + seen.0, seen.1 - seen.0);
-            self.isa.run(Finish {
-                states,
-                sinks: self.shape.sinks,
-                value: self.shape.value,
-                out: out.row(row),
-            });
-        }
-    }
+/// The only sequence of a batch, with rows of `width`.
+fn alone<'a>(queries: Queries<'a>, width: usize, (keys, values): (&Pages<'a>, &Pages<'a>)) -> Sequence<'a> {
+    let (tokens, first_position) = (queries.rows.len() / width, queries.first_position);
+    Sequence { first: 0, tokens, first_position, keys: *keys, values: *values }
 }

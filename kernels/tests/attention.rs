@@ -4,7 +4,8 @@ mod common;
 
 use common::{Random, assert_close_overall, bits, in_pools};
 use kernels::attention::{
-    CacheMut, CacheSlice, CacheType, Gqa, Mla, PAGE, Pages, Queries, SPAN, gqa, mla, write_rows,
+    BatchQueries, CacheMut, CacheSlice, CacheType, Gqa, Mla, PAGE, Pages, Queries, SPAN, Sequence, gqa,
+    gqa_batch, mla, mla_batch, write_rows,
 };
 use kernels::{Isa, Rows, reference};
 
@@ -202,6 +203,163 @@ fn spans_side_by_side_change_nothing() {
             }
         }
     }
+}
+
+/// Lengths of sequences around tiles and spans, and new tokens of each.
+const SEQUENCES: [(usize, usize); 12] = [
+    (1, 1),
+    (63, 1),
+    (64, 64),
+    (65, 3),
+    (2047, 1),
+    (2048, 2),
+    (2049, 1),
+    (4097, 1),
+    (4097, 5),
+    (130, 130),
+    (2060, 40),
+    (200, 1),
+];
+
+/// Sequences whose keys and values (or latents, twice) are random.
+struct Batch {
+    caches: Vec<(Cache, Cache)>,
+    rows: Vec<f32>,
+    width: usize,
+}
+
+impl Batch {
+    fn random(random: &mut Random, kind: CacheType, width: usize, (key, value): (usize, usize)) -> Self {
+        let caches = SEQUENCES
+            .iter()
+            .map(|&(end, _)| (Cache::random(random, kind, end, key), Cache::random(random, kind, end, value)))
+            .collect();
+        let tokens: usize = SEQUENCES.iter().map(|&(_, tokens)| tokens).sum();
+        Self { caches, rows: random.values(tokens * width), width }
+    }
+
+    fn sequence(&self, index: usize) -> Sequence<'_> {
+        let first = SEQUENCES[..index].iter().map(|&(_, tokens)| tokens).sum();
+        let (end, tokens) = SEQUENCES[index];
+        let (keys, values) = &self.caches[index];
+        Sequence { first, tokens, first_position: end - tokens, keys: keys.pages(), values: values.pages() }
+    }
+
+    fn queries(&self, index: usize, first: usize, count: usize) -> Queries<'_> {
+        let Sequence { first: row, first_position, .. } = self.sequence(index);
+        let rows = &self.rows[(row + first) * self.width..][..count * self.width];
+        Queries { rows, first_position: first_position + first }
+    }
+
+    fn reference(&self, f: impl Fn(Queries<'_>, &Sequence<'_>) -> Vec<f64>) -> Vec<f64> {
+        let one = |index: usize| f(self.queries(index, 0, SEQUENCES[index].1), &self.sequence(index));
+        (0..SEQUENCES.len()).flat_map(one).collect()
+    }
+
+    /// What `alone` writes for every chunk of every sequence must meet `want`, and be the bits of what
+    /// `together` writes for all, with any number of threads and scratch for all spans, some or none.
+    fn check(
+        &self,
+        want: &[f64],
+        scratch_len: usize,
+        what: &str,
+        alone: impl Fn(Queries<'_>, &Sequence<'_>, &mut [f32]),
+        together: impl Fn(Isa, BatchQueries<'_>, &mut [f32], &mut [f32]) + Sync,
+    ) {
+        let width = want.len() / (self.rows.len() / self.width);
+        let in_chunks = |chunk: usize| {
+            let mut out = vec![f32::NAN; want.len()];
+            for index in 0..SEQUENCES.len() {
+                let sequence = self.sequence(index);
+                for first in (0..sequence.tokens).step_by(chunk) {
+                    let count = chunk.min(sequence.tokens - first);
+                    let out = &mut out[(sequence.first + first) * width..][..count * width];
+                    alone(self.queries(index, first, count), &sequence, out);
+                }
+            }
+            out
+        };
+        let whole = in_chunks(usize::MAX);
+        assert_close_overall(&whole, want, 4e-6, what);
+        for chunk in [1, 2, 7, 64] {
+            assert_eq!(bits(&whole), bits(&in_chunks(chunk)), "chunks of {chunk}, {what}");
+        }
+        for isa in Isa::available() {
+            for (threads, scratch) in
+                [(1, scratch_len), (2, scratch_len), (4, scratch_len), (2, scratch_len / 3), (4, 0)]
+            {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let out = pool.install(|| {
+                    let (mut out, mut scratch) = (vec![f32::NAN; want.len()], vec![f32::NAN; scratch]);
+                    let sequence = |index| self.sequence(index);
+                    let queries =
+                        BatchQueries { rows: &self.rows, count: SEQUENCES.len(), sequence: &sequence };
+                    together(isa, queries, &mut scratch, &mut out);
+                    out
+                });
+                assert_eq!(bits(&whole), bits(&out), "{isa:?}, {threads} threads, {what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn grouped_queries_alone_or_in_a_batch() {
+    let mut random = Random(16);
+    let sinks = random.values(16);
+    let cases = [
+        (CacheType::Bf16, (8, 1), (40, 33), None, false),
+        (CacheType::F32, (8, 8), (17, 32), Some(70), true),
+        (CacheType::Bf16, (9, 3), (33, 47), Some(SPAN + 100), true),
+        (CacheType::F32, (16, 2), (64, 96), Some(128), true),
+        (CacheType::Bf16, (12, 1), (32, 1), Some(1), false),
+    ];
+    for (kind, (heads, kv_heads), (head_dim, value_dim), window, sink) in cases {
+        let sinks = sink.then(|| &sinks[..heads]);
+        let shape = Gqa { heads, kv_heads, head_dim, value_dim, scale: 0.3, window, sinks };
+        let widths = (kv_heads * head_dim, kv_heads * value_dim);
+        let batch = Batch::random(&mut random, kind, heads * head_dim, widths);
+        batch.check(
+            &batch.reference(|queries, s| reference::gqa(&shape, queries, &s.keys, &s.values)),
+            shape.scratch_len(SEQUENCES.len(), 4 * SPAN),
+            &format!("{shape:?}"),
+            |queries, s, out| gqa(Isa::detect(), &shape, queries, (&s.keys, &s.values), &mut [], out),
+            |isa, queries, scratch, out| gqa_batch(isa, &shape, queries, scratch, out),
+        );
+    }
+}
+
+#[test]
+fn latent_queries_alone_or_in_a_batch() {
+    let mut random = Random(17);
+    for (kind, heads, latent, rope) in [(CacheType::Bf16, 66, 8, 4), (CacheType::F32, 3, 72, 16)] {
+        let shape = Mla { heads, latent, rope, scale: 0.3 };
+        let row = latent + rope;
+        let batch = Batch::random(&mut random, kind, heads * row, (row, row));
+        batch.check(
+            &batch.reference(|queries, s| reference::mla(&shape, queries, &s.keys)),
+            shape.scratch_len(SEQUENCES.len(), 4 * SPAN),
+            &format!("{shape:?}"),
+            |queries, s, out| mla(Isa::detect(), &shape, queries, &s.keys, &mut [], out),
+            |isa, queries, scratch, out| {
+                let sequence =
+                    |index| Sequence { values: batch.sequence(index).keys, ..batch.sequence(index) };
+                mla_batch(isa, &shape, BatchQueries { sequence: &sequence, ..queries }, scratch, out)
+            },
+        );
+    }
+}
+
+#[test]
+#[should_panic(expected = "first row of sequence 1")]
+fn sequences_with_a_gap_are_refused() {
+    let data = [0.0; 2 * PAGE];
+    let pages = Pages { data: CacheSlice::F32(&data), row: 1, table: &[0] };
+    let shape = Mla { heads: 1, latent: 1, rope: 0, scale: 1.0 };
+    let sequence =
+        |index| Sequence { first: 2 * index, tokens: 1, first_position: 0, keys: pages, values: pages };
+    let queries = BatchQueries { rows: &[1.0; 3], count: 2, sequence: &sequence };
+    mla_batch(Isa::Portable, &shape, queries, &mut [], &mut [0.0; 3]);
 }
 
 /// Scores far apart: the running maximum moves at every tile, and a great sink takes all the weight.

@@ -114,3 +114,33 @@ impl Element for u16 {
         l.bf16_words(x)
     }
 }
+
+/// Columns of the cache rows of one page.
+#[derive(Clone, Copy)]
+pub(super) struct Page<'a, E> {
+    data: &'a [E],
+    stride: usize,
+    pub(super) width: usize,
+}
+
+impl<'a, E: Element> Page<'a, E> {
+    /// Those of a head in the page of `position`.
+    #[inline(always)]
+    pub(super) fn of(data: &'a [E], pages: &Pages<'_>, position: usize, head: usize, width: usize) -> Self {
+        let row = pages.table[position / PAGE] as usize * PAGE;
+        Self { data: &data[row * pages.row + head * width..], stride: pages.row, width }
+    }
+
+    #[inline(always)]
+    pub(super) fn row(&self, offset: usize) -> &'a [E] {
+        &self.data[offset * self.stride..][..self.width]
+    }
+}
+
+/// The values after the last whole chunk, then zeros.
+#[inline(always)]
+pub(super) fn tail<L: Lanes, E: Element>(l: L, rest: &[E]) -> L::V {
+    let mut lanes = [E::ZERO; LANES];
+    lanes[..rest.len()].copy_from_slice(rest);
+    E::lanes(l, &lanes)
+}

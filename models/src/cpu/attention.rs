@@ -1,13 +1,15 @@
 //! The mixers on the cpu runner, and the cache they write and read.
 
 use kernels::attention::{
-    CacheMut, CacheSlice, Gqa as GqaShape, Mla as MlaShape, Pages, Queries, gqa, mla, write_rows,
+    BatchQueries, CacheMut, CacheSlice, Gqa as GqaShape, Mla as MlaShape, Pages, Sequence, gqa_batch,
+    mla_batch, write_rows,
 };
 use kernels::matmul::{Heads, matmul_heads, matmul_transposed_heads};
 use kernels::norm::{rms_norm_in_place, rms_norm_rows_in_place};
 use kernels::rows::{Rows, RowsMut};
 
 use super::{Angles, Step};
+use crate::batch::Batch;
 use crate::config::{CacheRows, Gqa, Mixer, Mla, MlaQuery, ModelConfig, QkNorm};
 use crate::runner::{Capacity, Component, Numerics};
 use crate::weights::{GqaWeights, MixerWeights, MlaQueryWeights, MlaWeights};
@@ -194,14 +196,10 @@ impl AttentionScratch {
         let shape = gqa_shape(spec, weights.sinks.as_deref());
         let mixed = &mut self.mixed[..tokens * q_width];
         step.enter(Component::Attention);
-        for span in &step.batch.sequences {
-            let rows = span.first * q_width..(span.first + span.tokens) * q_width;
-            let first_position = step.batch.positions[span.first] as usize;
-            let queries = Queries { rows: &query[rows.clone()], first_position };
-            let table = step.batch.table(span);
-            let pages = (&keys.pages(table), &values.pages(table));
-            gqa(isa, &shape, queries, pages, &mut self.spans, &mut mixed[rows]);
-        }
+        let batch = step.batch;
+        let sequence = |index| sequence(batch, index, (keys, values));
+        let queries = BatchQueries { rows: query, count: batch.sequences.len(), sequence: &sequence };
+        gqa_batch(isa, &shape, queries, &mut self.spans, mixed);
         step.enter(Component::AttentionProjections);
         step.linear(mixed, &weights.o, out);
     }
@@ -263,13 +261,10 @@ impl AttentionScratch {
 
         let mixed = &mut self.mixed[..tokens * heads * rank];
         step.enter(Component::Attention);
-        for span in &step.batch.sequences {
-            let rows = |width: usize| span.first * width..(span.first + span.tokens) * width;
-            let first_position = step.batch.positions[span.first] as usize;
-            let queries = Queries { rows: &query[rows(heads * row)], first_position };
-            let pages = latents.pages(step.batch.table(span));
-            mla(isa, &mla_shape(spec), queries, &pages, &mut self.spans, &mut mixed[rows(heads * rank)]);
-        }
+        let batch = step.batch;
+        let sequence = |index| sequence(batch, index, (latents, latents));
+        let queries = BatchQueries { rows: query, count: batch.sequences.len(), sequence: &sequence };
+        mla_batch(isa, &mla_shape(spec), queries, &mut self.spans, mixed);
         step.enter(Component::AttentionProjections);
         let values = &mut self.heads[..tokens * heads * spec.value_dim];
         let w_uv = Heads { count: heads, x_step: rank, w_step, out_step: spec.value_dim };
@@ -282,6 +277,19 @@ impl AttentionScratch {
             rows,
         );
         step.linear(values, &weights.o, out);
+    }
+}
+
+/// Where a sequence's queries are, and what they see.
+fn sequence<'a>(batch: &'a Batch, index: usize, (keys, values): (&'a Store, &'a Store)) -> Sequence<'a> {
+    let span = &batch.sequences[index];
+    let table = batch.table(span);
+    Sequence {
+        first: span.first,
+        tokens: span.tokens,
+        first_position: batch.positions[span.first] as usize,
+        keys: keys.pages(table),
+        values: values.pages(table),
     }
 }
 
