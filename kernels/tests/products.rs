@@ -95,6 +95,28 @@ fn transposed_meets_the_reference_with_the_same_bits_everywhere() {
     }
 }
 
+/// Every number of rows of x up to more than are taken at once, over several panels and a tail.
+#[test]
+fn any_number_of_rows_gives_the_bits_of_one() {
+    let mut random = Random(8);
+    for (format, cols) in [(Format::Bf16, 3300), (Format::Fp8, 1570), (Format::Int4, 1600)] {
+        let weight = Weight::random(&mut random, format, 11, cols);
+        let w = weight.matrix();
+        let x = random.values(70 * cols);
+        let mut alone = vec![f32::NAN; 70 * 11];
+        for (x, out) in x.chunks_exact(cols).zip(alone.chunks_exact_mut(11)) {
+            matmul(Isa::Portable, x, &w, None, out);
+        }
+        for isa in Isa::available() {
+            for tokens in 1..=70 {
+                let mut out = vec![f32::NAN; tokens * 11];
+                matmul(isa, &x[..tokens * cols], &w, None, &mut out);
+                assert_eq!(bits(&out), bits(&alone[..tokens * 11]), "{format:?} {isa:?} {tokens} rows");
+            }
+        }
+    }
+}
+
 /// The canonical order, as `simd` states it.
 #[test]
 fn sums_are_taken_in_the_written_order() {
