@@ -56,12 +56,17 @@ def moebius_seconds(args, model):
     sys.exit(f"moebius bench printed no row named {args.what}")
 
 
+def is_mla(gguf):
+    with open(gguf, "rb") as file:  # The architecture is the first of the header's values.
+        return b"deepseek2" in file.read(4096)
+
+
 def settings(args):
     """All that the peer can be told that may help."""
     prefill = args.what.startswith("prefill")
     if args.peer == "ik_llama.cpp":
         options = [["--repack", "off", "--mmap", "on"], ["--repack", "on", "--mmap", "off"]]
-        more = [["--mla", mla] for mla in ("3", "1")] if "kimi" in args.gguf[0] else [[]]
+        more = [["--mla", mla] for mla in ("3", "1")] if is_mla(args.gguf[0]) else [[]]
     else:
         loads = itertools.product(("on", "off"), ("on", "off"))
         options = [["--repack", repack, "--mmap", mmap] for repack, mmap in loads]

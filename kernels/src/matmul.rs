@@ -7,15 +7,17 @@
 //! Work is cut over output columns, and over rows of x where there are many; neither changes a bit of
 //! the result. Small products stay on their thread.
 
+pub(crate) mod rowwise;
 pub(crate) mod source;
 pub(crate) mod tile;
 pub(crate) mod transposed;
 
-use crate::format::Matrix;
+use crate::format::{Matrix, Values};
 use crate::quantised::{self, Activations, PANEL, PackedRows};
 use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES};
 use crate::team;
+use rowwise::RowProduct;
 pub(crate) use tile::Input;
 use tile::{Dequantise, Product};
 use transposed::Transposed;
@@ -64,7 +66,7 @@ pub fn matmul_with(
 /// [`matmul_rows`] on the calling thread alone.
 pub fn matmul_serial(isa: Isa, x: Rows<'_>, w: &Matrix<'_>, bias: Option<&[f32]>, out: RowsMut<'_>) {
     check((x.count(), x.width()), (w.cols, w.rows), bias, &out);
-    isa.run(Product { x: Input::all(x), w: *w, bias, out });
+    product_serial(isa, Operand::float(Input::all(x)), *w, bias, out);
 }
 
 /// `out[t, j] = sum over i of x[t, i] * w[i, j] (+ bias[j])` for w stored `[in, out]`: x is
@@ -202,15 +204,14 @@ impl<'a> Operand<'a> {
         Self { rows, packed }
     }
 
-    /// Packs the rows if `w` is of few bits and there are `activations`.
+    /// Packs the rows if there is room and a use.
     pub(crate) fn packed_for(
         isa: Isa,
         rows: Input<'a>,
         w: &Matrix<'_>,
         activations: Option<&'a mut Activations>,
     ) -> Self {
-        let bands = Bands::Every(PANEL);
-        Self { rows, packed: activations.and_then(|room| room.pack(isa, rows, w, bands)) }
+        Self { rows, packed: activations.and_then(|room| room.pack_rows(isa, rows, w)) }
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -231,12 +232,16 @@ pub(crate) fn product_serial(
     bias: Option<&[f32]>,
     mut out: RowsMut<'_>,
 ) {
-    let Some(packed) = x.packed.filter(|_| quantised::is_quantised(&w)) else {
+    if let Values::Bf16(_) = w.values {
+        let packed = x.packed.and_then(|packed| packed.columns());
+        return isa.run_dots(RowProduct { x: x.rows, packed, w, bias, out });
+    }
+    let Some(packed) = x.packed.filter(|packed| quantised::is_quantised(&w) && packed.columns().is_none()) else {
         return isa.run(Product { x: x.rows, w, bias, out });
     };
     for t in (0..out.count()).step_by(PANEL) {
         let rows = PANEL.min(out.count() - t);
-        let x = packed.from_row(t).panel(rows);
+        let x = packed.from_row(t).panel(rows).expect("whole numbers");
         isa.run_dots(quantised::Product { w, x, bias, out: out.reborrow().slice(t, rows) });
     }
 }

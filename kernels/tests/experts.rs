@@ -103,7 +103,7 @@ fn a_feed_forward_meets_the_reference() {
                 let want = reference::ffn(&x, &expert.ffn());
                 let what = format!("{format:?} {layout:?} [{hidden}, {inter}]");
                 for (precision, tolerance) in PRECISIONS {
-                    let mut room = precision.map(|p| Activations::new(p, tokens, hidden.max(inter)));
+                    let mut room = precision.map(|p| Activations::new(Some(p), tokens, hidden.max(inter)));
                     let mut first: Option<Vec<u32>> = None;
                     for isa in Isa::available() {
                         let mut out = vec![f32::NAN; want.len()];
@@ -179,7 +179,7 @@ fn threads_change_nothing() {
                 run_experts(isa, routed, &|id| all[id as usize].ffn(), None, &mut dispatch, &mut out);
                 let mut scratch = vec![f32::NAN; ffn_scratch_len(tokens, inter)];
                 let mut shared = vec![f32::NAN; tokens * hidden];
-                let mut room = precision.map(|p| Activations::new(p, tokens, hidden.max(inter)));
+                let mut room = precision.map(|p| Activations::new(Some(p), tokens, hidden.max(inter)));
                 ffn(isa, &x, &all[0].ffn(), room.as_mut(), &mut scratch, &mut shared);
                 (out, shared)
             });
@@ -227,7 +227,7 @@ fn a_shared_expert_is_added_last() {
             let routed = Routed { x: &x, ids: &ids, weights: &weights };
             let limits = DispatchLimits { tokens: 40, top_k, experts, hidden, inter, precision };
             let (mut inner, mut outer) = (vec![0.0; tokens * 224], vec![0.0; tokens * hidden]);
-            let mut room = precision.map(|p| Activations::new(p, tokens, 224));
+            let mut room = precision.map(|p| Activations::new(Some(p), tokens, 224));
             let mut want = vec![f32::NAN; tokens * hidden];
             let isa = Isa::detect();
             run_experts(isa, routed, &lookup, None, &mut Dispatch::new(limits), &mut want);
@@ -235,7 +235,7 @@ fn a_shared_expert_is_added_last() {
             want.iter_mut().zip(&outer).for_each(|(want, y)| *want += y);
             let outs = in_pools(|| {
                 let (mut inner, mut outer) = (inner.clone(), vec![f32::NAN; outer.len()]);
-                let mut room = precision.map(|p| Activations::new(p, tokens, 224));
+                let mut room = precision.map(|p| Activations::new(Some(p), tokens, 224));
                 let activations = room.as_mut();
                 let shared =
                     SharedExpert { ffn: shared.ffn(), activations, inner: &mut inner, outer: &mut outer };

@@ -13,7 +13,7 @@ const PRECISIONS: [Precision; 2] = [Precision::Int16, Precision::Int8];
 
 fn product(isa: Isa, precision: Precision, x: &[f32], w: &Weight, bias: Option<&[f32]>) -> Vec<f32> {
     let tokens = x.len() / w.cols;
-    let mut activations = Activations::new(precision, tokens, w.cols);
+    let mut activations = Activations::new(Some(precision), tokens, w.cols);
     let mut out = vec![0.0; tokens * w.rows];
     let rows = RowsMut::new(&mut out, w.rows);
     matmul_with(isa, Some(&mut activations), Rows::new(x, w.cols), &w.matrix(), bias, rows);

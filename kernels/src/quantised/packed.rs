@@ -2,6 +2,7 @@
 
 use super::codes::{Code, Int4, Mxfp4, Q8, order};
 use crate::format::{GROUP, Matrix, Values};
+use crate::matmul::rowwise::{FEW, columns_len, pack_columns};
 use crate::matmul::Input;
 use crate::rows::{Bands, Cut, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES, Lanes, Work};
@@ -68,34 +69,31 @@ impl Packing {
 }
 
 /// Dwords that `rows` packed rows of `columns` take at most.
-fn packed_len(precision: Precision, rows: usize, columns: usize) -> usize {
-    rows * columns.div_ceil(GROUP) * precision.group()
+fn packed_len(precision: Option<Precision>, rows: usize, columns: usize) -> usize {
+    let whole = precision.map_or(0, |precision| rows * columns.div_ceil(GROUP) * precision.group());
+    whole.max(columns_len(rows, columns))
 }
 
 /// Room for the packed rows of one product, allocated once.
 #[derive(Debug)]
 pub struct Activations {
-    precision: Precision,
+    precision: Option<Precision>,
     data: Vec<u32>,
 }
 
 impl Activations {
-    /// Room for `rows` rows of up to `columns`; see [`Activations::bytes`].
-    pub fn new(precision: Precision, rows: usize, columns: usize) -> Self {
+    /// Room for `rows` rows of up to `columns`; see [`Activations::bytes`]. Without a precision weights of few bits are
+    /// multiplied in f32 like all others.
+    pub fn new(precision: Option<Precision>, rows: usize, columns: usize) -> Self {
         Self { precision, data: vec![0; packed_len(precision, rows, columns)] }
     }
 
-    /// Bytes that [`Activations::new`] allocates: 72 (or 40) for 32 values.
-    pub fn bytes(precision: Precision, rows: usize, columns: usize) -> usize {
+    /// Bytes that [`Activations::new`] allocates: 4 for every value, rows rounded up to sixteen.
+    pub fn bytes(precision: Option<Precision>, rows: usize, columns: usize) -> usize {
         4 * packed_len(precision, rows, columns)
     }
 
-    /// Bits of an activation.
-    pub fn precision(&self) -> Precision {
-        self.precision
-    }
-
-    /// Packs `x` for products with weights like `w`; none if they are of floats.
+    /// Packs `x` in whole numbers for weights like `w`, each band in panels of its own; none if that is not wanted.
     pub(crate) fn pack(
         &mut self,
         isa: Isa,
@@ -103,11 +101,23 @@ impl Activations {
         w: &Matrix<'_>,
         bands: Bands<'_>,
     ) -> Option<PackedRows<'_>> {
-        let packing = Packing::of(w, self.precision)?;
+        let packing = Packing::of(w, self.precision?)?;
         let columns = x.x.width();
         let data = &mut self.data[..packing.row(columns) * x.count()];
         pack_bands(isa, x, packing, bands, data);
-        Some(PackedRows::new(data, packing, columns, 0))
+        Some(PackedRows { data, row: packing.row(columns), precision: self.precision })
+    }
+
+    /// Packs the rows of one product with `w`, if that has a use.
+    pub(crate) fn pack_rows(&mut self, isa: Isa, x: Input<'_>, w: &Matrix<'_>) -> Option<PackedRows<'_>> {
+        if !matches!(w.values, Values::Bf16(_)) {
+            return self.pack(isa, x, w, Bands::Every(PANEL));
+        }
+        if x.count() <= FEW {
+            return None;
+        }
+        pack_columns(isa, x, &mut self.data);
+        Some(PackedRows { data: &self.data, row: x.x.width().next_multiple_of(GROUP), precision: None })
     }
 }
 
@@ -115,25 +125,27 @@ impl Activations {
 #[derive(Clone, Copy)]
 pub(crate) struct PackedRows<'a> {
     data: &'a [u32],
-    packing: Packing,
-    columns: usize,
+    /// Dwords of a row.
+    row: usize,
+    /// None: columns of f32 for weights of floats.
+    precision: Option<Precision>,
 }
 
 impl<'a> PackedRows<'a> {
-    /// Rows of `columns` from row `first` of `data` on, with which a panel begins.
-    pub(crate) fn new(data: &'a [u32], packing: Packing, columns: usize, first: usize) -> Self {
-        Self { data: &data[first * packing.row(columns)..], packing, columns }
-    }
-
     /// The rows from `start` on, with which a panel must begin.
     pub(crate) fn from_row(&self, start: usize) -> Self {
-        Self::new(self.data, self.packing, self.columns, start)
+        Self { data: &self.data[start * self.row..], ..*self }
     }
 
-    /// The first `rows` rows, one panel.
-    pub(crate) fn panel(&self, rows: usize) -> Panel<'a> {
-        let data = &self.data[..rows * self.packing.row(self.columns)];
-        Panel { data, rows, precision: self.packing.precision }
+    /// The first `rows` rows, one panel, in whole numbers; none if they are packed in f32.
+    pub(crate) fn panel(&self, rows: usize) -> Option<Panel<'a>> {
+        let precision = self.precision?;
+        Some(Panel { data: &self.data[..rows * self.row], rows, precision })
+    }
+
+    /// What [`pack_columns`] left; none if they are packed in whole numbers.
+    pub(crate) fn columns(&self) -> Option<&'a [u32]> {
+        self.precision.is_none().then_some(self.data)
     }
 }
 

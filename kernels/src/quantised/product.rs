@@ -158,7 +158,7 @@ impl<'a, C: Code, W: Width> Typed<'a, C, W> {
 
 /// What there is of 64 bytes of sixteen rows, and zeros.
 #[inline(never)]
-fn padded(bytes: &[u8], rows: usize, stride: usize, at: usize) -> [u8; ROWS * LINE] {
+pub(crate) fn padded(bytes: &[u8], rows: usize, stride: usize, at: usize) -> [u8; ROWS * LINE] {
     let mut out = [0; ROWS * LINE];
     let len = LINE.min(stride - at);
     for (r, out) in out.chunks_exact_mut(LINE).enumerate().take(rows) {

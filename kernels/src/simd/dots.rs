@@ -36,6 +36,12 @@ pub(crate) trait Dots: Copy {
 
     /// Dword d of each of 16 rows, for the 16 dwords from byte `at` on; row r begins at `r * stride`.
     fn transpose(self, rows: &[u8], stride: usize, at: usize) -> [Self::I; 16];
+    /// 16 f32 from their bits.
+    fn load_f32(self, bits: &[u32; ROWS]) -> Self::F;
+    /// Value i of each of 16 rows, for i below 16.
+    fn transpose_f32(self, rows: &[[f32; ROWS]; ROWS]) -> [Self::F; 16];
+    /// 32 little-endian bf16 as f32.
+    fn widen_bf16(self, x: &[u8; LINE], out: &mut [f32; 32]);
     /// Asks for the cache line of `bytes` at `at`, if there is one.
     fn prefetch(self, bytes: &[u8], at: usize);
 
@@ -61,6 +67,7 @@ pub(crate) trait Dots: Copy {
     fn as_f32(self, a: Self::I) -> Self::F;
     /// Nearest f32, ties to even.
     fn to_f32(self, a: Self::I) -> Self::F;
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;

@@ -140,7 +140,7 @@ impl FfnScratch {
         let lookup = |id: u32| expert_view(moe, &weights.experts[id as usize]);
         let shared = moe.shared.as_ref().zip(weights.shared.as_ref()).map(|(mlp, weights)| SharedExpert {
             ffn: mlp_view(mlp, weights),
-            activations: step.activations.as_deref_mut(),
+            activations: Some(step.activations),
             inner: &mut self.inner,
             outer: &mut self.shared,
         });
@@ -150,7 +150,7 @@ impl FfnScratch {
 
 impl Step<'_> {
     fn ffn(&mut self, x: &[f32], weights: &ExpertFfn<'_>, inner: &mut [f32], out: &mut [f32]) {
-        ffn(self.isa, x, weights, self.activations.as_deref_mut(), inner, out);
+        ffn(self.isa, x, weights, Some(self.activations), inner, out);
     }
 }
 

@@ -99,7 +99,6 @@ impl CpuRunner {
         }
         rotations.fill(&batch.positions);
         let Scratch { stream, normed, output, attention, ffn, last, activations } = scratch;
-        let mut activations = activations.as_mut();
         let stream = &mut stream[..tokens * hidden];
         let normed = &mut normed[..tokens * hidden];
         let output = &mut output[..tokens * hidden];
@@ -112,7 +111,7 @@ impl CpuRunner {
 
         for (index, (layer, layer_weights)) in config.layers.iter().zip(&weights.layers).enumerate() {
             let angles = rotations.of(index);
-            let (weights, activations) = (layer_weights, activations.as_deref_mut());
+            let (weights, activations) = (layer_weights, &mut *activations);
             let step = &mut Step { isa, config, layer, weights, batch, index, angles, activations, probe };
             rms_norm(isa, stream, Some(&weights.input_norm), config.norm_epsilon, hidden, normed);
             report(step.probe, index, Point::MixerNorm, normed);
@@ -142,7 +141,7 @@ impl CpuRunner {
         report(probe, config.layers.len() - 1, Point::FinalNorm, normed);
         probe.enter(config.layers.len() - 1, Component::Head);
         let (x, out) = (Rows::new(normed, hidden), RowsMut::new(logits, config.vocab));
-        matmul_with(isa, activations, x, &weights.head.view(), None, out);
+        matmul_with(isa, Some(activations), x, &weights.head.view(), None, out);
     }
 }
 
@@ -161,8 +160,8 @@ struct Step<'a> {
     batch: &'a Batch,
     index: usize,
     angles: Option<Angles<'a>>,
-    /// Room for packed rows, unless everything is computed in f32.
-    activations: Option<&'a mut Activations>,
+    /// Room for packed rows.
+    activations: &'a mut Activations,
     probe: &'a mut dyn Probe,
 }
 
@@ -175,7 +174,7 @@ impl Step<'_> {
     fn linear(&mut self, x: &[f32], weights: &LinearWeights, out: &mut [f32]) {
         let w = weights.weight.view();
         let (x, out) = (Rows::new(x, w.cols), RowsMut::new(out, w.rows));
-        matmul_with(self.isa, self.activations.as_deref_mut(), x, &w, weights.bias.as_deref(), out);
+        matmul_with(self.isa, Some(self.activations), x, &w, weights.bias.as_deref(), out);
     }
 }
 

@@ -19,7 +19,7 @@ pub struct Scratch {
     pub attention: AttentionScratch,
     pub ffn: FfnScratch,
     /// Packed rows of the widest product.
-    pub activations: Option<Activations>,
+    pub activations: Activations,
 }
 
 impl Scratch {
@@ -33,16 +33,16 @@ impl Scratch {
             last: vec![0.0; capacity.logit_rows * config.hidden],
             attention: AttentionScratch::new(config, capacity),
             ffn: FfnScratch::new(config, numerics, capacity),
-            activations: numerics.precision().map(|p| Activations::new(p, capacity.batch_tokens, widest)),
+            activations: Activations::new(numerics.precision(), capacity.batch_tokens, widest),
         }
     }
 
     pub fn bytes(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> usize {
         let rows = (3 * capacity.batch_tokens + capacity.logit_rows) * config.hidden * 4;
         let widest = widest_input(config);
-        let packed = numerics.precision().map(|p| Activations::bytes(p, capacity.batch_tokens, widest));
+        let packed = Activations::bytes(numerics.precision(), capacity.batch_tokens, widest);
         let parts = AttentionScratch::bytes(config, capacity) + FfnScratch::bytes(config, numerics, capacity);
-        rows + parts + packed.unwrap_or(0)
+        rows + parts + packed
     }
 }
 

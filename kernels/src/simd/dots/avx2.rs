@@ -89,6 +89,37 @@ impl Dots for Avx2 {
         out
     }
     #[inline(always)]
+    fn load_f32(self, bits: &[u32; ROWS]) -> F {
+        // SAFETY: the token proves AVX2; 64 bytes are read from a reference to 64.
+        unsafe { [_mm256_loadu_ps(bits.as_ptr().cast()), _mm256_loadu_ps(bits.as_ptr().add(8).cast())] }
+    }
+    #[inline(always)]
+    fn transpose_f32(self, rows: &[[f32; ROWS]; ROWS]) -> [F; 16] {
+        let mut out = [self.zero(); 16];
+        for half in 0..2 {
+            // SAFETY: the token proves AVX2; 32 bytes are read from each of 8 rows of 64, twice.
+            let (a, b) = unsafe {
+                let start = rows.as_ptr().cast::<u8>().add(32 * half);
+                (transpose8(start, LINE), transpose8(start.add(8 * LINE), LINE))
+            };
+            for i in 0..8 {
+                out[8 * half + i] = self.as_f32([a[i], b[i]]);
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    fn widen_bf16(self, x: &[u8; LINE], out: &mut [f32; 32]) {
+        for i in 0..4 {
+            // SAFETY: the token proves AVX2; 16 bytes of 64 are read, 32 of 128 written, four times.
+            unsafe {
+                let words = _mm_loadu_si128(x.as_ptr().add(16 * i).cast());
+                let wide = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words));
+                _mm256_storeu_si256(out.as_mut_ptr().add(8 * i).cast(), wide);
+            }
+        }
+    }
+    #[inline(always)]
     fn prefetch(self, bytes: &[u8], at: usize) {
         if at < bytes.len() {
             // SAFETY: within the slice; prefetching faults nowhere.
@@ -181,6 +212,10 @@ impl Dots for Avx2 {
     #[inline(always)]
     fn to_f32(self, a: I) -> F {
         both!(_mm256_cvtepi32_ps, a)
+    }
+    #[inline(always)]
+    fn add(self, a: F, b: F) -> F {
+        both!(_mm256_add_ps, a, b)
     }
     #[inline(always)]
     fn mul(self, a: F, b: F) -> F {

@@ -19,8 +19,17 @@ impl Vnni {
 fn transpose(_: Avx512, rows: &[u8], stride: usize, at: usize) -> [__m512i; 16] {
     assert!(rows.len() >= (ROWS - 1) * stride + at + LINE, "a line of every row");
     // SAFETY: the token proves AVX-512; the assertion says that 64 bytes follow `r * stride + at`.
+    unsafe { transpose16(rows.as_ptr().add(at), stride) }
+}
+
+/// Dword d of the 64 bytes at each of 16 rows, `stride` bytes apart.
+///
+/// # Safety
+/// The processor has AVX-512; 64 bytes can be read at `start` and at the 15 rows after it.
+#[inline(always)]
+unsafe fn transpose16(start: *const u8, stride: usize) -> [__m512i; 16] {
+    // SAFETY: the caller says so.
     unsafe {
-        let start = rows.as_ptr().add(at);
         let mut fours = [[_mm512_setzero_si512(); 4]; 4];
         for (r, four) in fours.iter_mut().enumerate() {
             *four = transpose4(start.add(4 * r * stride), stride);
@@ -74,6 +83,32 @@ macro_rules! shared_operations {
         #[inline(always)]
         fn transpose(self, rows: &[u8], stride: usize, at: usize) -> [__m512i; 16] {
             transpose($base(self), rows, stride, at)
+        }
+        #[inline(always)]
+        fn load_f32(self, bits: &[u32; ROWS]) -> __m512 {
+            // SAFETY: the token proves AVX-512; 64 bytes are read from a reference to 64.
+            unsafe { _mm512_loadu_ps(bits.as_ptr().cast()) }
+        }
+        #[inline(always)]
+        fn transpose_f32(self, rows: &[[f32; ROWS]; ROWS]) -> [__m512; 16] {
+            // SAFETY: the token proves AVX-512; 64 bytes are read from each of 16 rows of 64.
+            let dwords = unsafe { transpose16(rows.as_ptr().cast(), LINE) };
+            let mut out = [self.zero(); 16];
+            for (out, dword) in out.iter_mut().zip(dwords) {
+                *out = self.as_f32(dword);
+            }
+            out
+        }
+        #[inline(always)]
+        fn widen_bf16(self, x: &[u8; LINE], out: &mut [f32; 32]) {
+            for i in 0..2 {
+                // SAFETY: the token proves AVX-512; 32 bytes of 64 are read, 64 of 128 written, twice.
+                unsafe {
+                    let words = _mm256_loadu_si256(x.as_ptr().add(32 * i).cast());
+                    let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words));
+                    _mm512_storeu_si512(out.as_mut_ptr().add(16 * i).cast(), wide);
+                }
+            }
         }
         #[inline(always)]
         fn prefetch(self, bytes: &[u8], at: usize) {
@@ -134,6 +169,11 @@ macro_rules! shared_operations {
         fn to_f32(self, a: __m512i) -> __m512 {
             // SAFETY: the token proves AVX-512.
             unsafe { _mm512_cvtepi32_ps(a) }
+        }
+        #[inline(always)]
+        fn add(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: the token proves AVX-512.
+            unsafe { _mm512_add_ps(a, b) }
         }
         #[inline(always)]
         fn mul(self, a: __m512, b: __m512) -> __m512 {

@@ -46,6 +46,20 @@ impl Dots for Portable {
         out
     }
     #[inline(always)]
+    fn load_f32(self, bits: &[u32; ROWS]) -> F {
+        bits.map(f32::from_bits)
+    }
+    #[inline(always)]
+    fn transpose_f32(self, rows: &[[f32; ROWS]; ROWS]) -> [F; 16] {
+        std::array::from_fn(|i| std::array::from_fn(|r| rows[r][i]))
+    }
+    #[inline(always)]
+    fn widen_bf16(self, x: &[u8; LINE], out: &mut [f32; 32]) {
+        for (out, x) in out.iter_mut().zip(x.as_chunks().0) {
+            *out = f32::from_bits(u32::from(u16::from_le_bytes(*x)) << 16);
+        }
+    }
+    #[inline(always)]
     fn prefetch(self, _: &[u8], _: usize) {}
 
     #[inline(always)]
@@ -103,6 +117,10 @@ impl Dots for Portable {
     #[inline(always)]
     fn to_f32(self, a: I) -> F {
         a.map(|a| a as i32 as f32)
+    }
+    #[inline(always)]
+    fn add(self, a: F, b: F) -> F {
+        std::array::from_fn(|i| a[i] + b[i])
     }
     #[inline(always)]
     fn mul(self, a: F, b: F) -> F {
