@@ -53,7 +53,7 @@ pub(super) struct Call<'a, 's> {
     pub(super) shape: Shape<'s>,
     pub(super) queries: Rows<'a>,
     pub(super) batch: BatchQueries<'a>,
-    /// Sequences before this one have their spans side by side where they are [`Call::splittable`].
+    /// Sequences before this one have their spans computed side by side, where that makes [`Call::states`].
     split: usize,
 }
 

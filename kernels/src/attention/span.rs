@@ -67,7 +67,7 @@ impl Block<'_> {
             CacheSlice::F32(data) => data.as_ptr().cast::<u8>(),
             CacheSlice::Bf16(data) => data.as_ptr().cast::<u8>(),
         };
-        start(&self.keys) == start(&self.values)
+        start(&self.keys) == start(&self.values) && std::ptr::eq(self.keys.table, self.values.table)
     }
 
     /// Tokens that see something of the tile of `first`: all from one to another.

@@ -56,6 +56,9 @@ impl<'a> Ahead<'a> {
 
     #[inline(always)]
     fn step(&mut self) {
+        if self.pace == 0 {
+            return;
+        }
         match &mut self.lines {
             Lines::F32(lines) => {
                 let (now, later) = lines.split_at(self.pace.min(lines.len()));
