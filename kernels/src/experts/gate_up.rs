@@ -26,8 +26,11 @@ impl GateUpProduct<'_> {
     // Not into the recursion that cuts the work: its frames should not hold these blocks.
     #[inline(never)]
     pub(super) fn run(mut self, isa: Isa) {
-        for column in (0..self.out.width()).step_by(BLOCK) {
-            let width = BLOCK.min(self.out.width() - column);
+        // As wide as the buffers allow: reading the rows of one weight is best not interrupted.
+        let tokens = self.x.count().clamp(1, TOKENS);
+        let wide = TOKENS / tokens * BLOCK;
+        for column in (0..self.out.width()).step_by(wide) {
+            let width = wide.min(self.out.width() - column);
             for t in (0..self.x.count()).step_by(TOKENS) {
                 let x = self.x.slice(t, TOKENS.min(self.x.count() - t));
                 self.block(isa, x, t, column, width);

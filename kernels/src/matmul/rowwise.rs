@@ -22,7 +22,7 @@ const VECTORS: usize = PANEL / ROWS;
 /// Groups taken at a time: of 64 rows of x they are 16 KiB, which stay in the first cache.
 const CHUNK: usize = 2;
 /// Groups that a weight row read from end to end is asked for ahead.
-const AHEAD: usize = 8;
+const AHEAD: usize = 6;
 /// Weight rows multiplied together at most, and for which columns of x are transposed once; their sums, 48 KiB, are
 /// read and written once per chunk.
 const TILE: usize = 12;
@@ -107,7 +107,7 @@ impl<D: Dots> InnerWork<D> for FewRows<'_> {
                 }
             }
             for (t, sum) in sums.iter().enumerate().take(product.x.count()) {
-                product.store(d, t, row, *sum);
+                product.store(d, t, row, ROWS, *sum);
             }
         }
     }
@@ -129,7 +129,7 @@ impl<D: Dots> InnerWork<D> for ManyRows<'_> {
     fn run(self, d: D) {
         let Self { mut product, rows } = self;
         // With packed rows of x each weight row is read from end to end, as the memory likes it.
-        let at_once = if product.packed.is_some() { D::TOKENS } else { AT_ONCE };
+        let at_once = if product.packed.is_some() { 4 * D::TOKENS.max(4) } else { AT_ONCE };
         let ahead = if product.packed.is_some() { AHEAD } else { CHUNK };
         let mut acc = [[d.zero(); VECTORS]; AT_ONCE];
         let mut gathered = [[0; ROWS]; CHUNK * GROUP * VECTORS];
@@ -137,18 +137,20 @@ impl<D: Dots> InnerWork<D> for ManyRows<'_> {
         for first in (0..product.x.count()).step_by(PANEL) {
             let tokens = PANEL.min(product.x.count() - first);
             let vectors = tokens.div_ceil(ROWS);
-            let panel = product.packed.map(|data| data[first * rows.groups * GROUP..].as_chunks::<ROWS>().0);
+            let columns_of = rows.groups * GROUP;
+            let panel = product.packed.map(|data| data[first * columns_of..].as_chunks::<ROWS>().0);
             for top in (0..rows.rows).step_by(at_once) {
                 let here = at_once.min(rows.rows - top);
                 acc[..here].fill([d.zero(); VECTORS]);
                 for group in (0..rows.groups).step_by(CHUNK) {
                     let count = CHUNK.min(rows.groups - group);
                     let x = match panel {
-                        Some(panel) => &panel[group * GROUP * vectors..][..count * GROUP * vectors],
+                        Some(panel) => Pairs { lanes: panel, columns: columns_of, first: group * GROUP },
                         None => {
-                            let out = &mut gathered[..count * GROUP * vectors];
-                            columns(d, product.x.slice(first, tokens), group, out);
-                            out
+                            let columns_of = count * GROUP;
+                            let out = &mut gathered[..columns_of * vectors];
+                            columns(d, product.x.slice(first, tokens), (group, 0, columns_of), columns_of, out);
+                            Pairs { lanes: out, columns: columns_of, first: 0 }
                         }
                     };
                     let mut row = 0;
@@ -156,16 +158,18 @@ impl<D: Dots> InnerWork<D> for ManyRows<'_> {
                         let tile = D::TOKENS.min(here - row);
                         rows.widen(d, (top + row, tile), (group, count), ahead, &mut weights);
                         let acc = &mut acc[row..];
-                        d.call(ByTokens { w: &weights, rows: tile, x, vectors, acc });
+                        d.call(ByTokens { w: &weights, rows: tile, x, groups: count, vectors, acc });
                         row += tile;
                     }
                 }
-                for (r, acc) in acc[..here].iter().enumerate() {
-                    for (v, acc) in acc[..vectors].iter().enumerate() {
-                        for (t, sum) in d.store(*acc).iter().enumerate().take(tokens - v * ROWS) {
-                            // Without a bias nothing is added: -0.0 + 0.0 is another value.
-                            let sum = product.bias.map_or(*sum, |bias| sum + bias[top + r]);
-                            product.out.row(first + v * ROWS + t)[top + r] = sum;
+                for (b, acc) in acc[..here].chunks(ROWS).enumerate() {
+                    for v in 0..vectors {
+                        let mut block = [[0.0; ROWS]; ROWS];
+                        for (block, acc) in block.iter_mut().zip(acc) {
+                            *block = d.store(acc[v]);
+                        }
+                        for (t, sums) in d.transpose_f32(&block).into_iter().enumerate().take(tokens - v * ROWS) {
+                            product.store(d, first + v * ROWS + t, top + b * ROWS, acc.len(), sums);
                         }
                     }
                 }
@@ -179,23 +183,42 @@ pub(crate) fn columns_len(rows: usize, columns: usize) -> usize {
     rows.next_multiple_of(ROWS) * columns.next_multiple_of(GROUP)
 }
 
-/// Packs rows of x for [`RowProduct`], in panels: column after column, the rows of each side by side; zeros for what
-/// is not there.
+/// A panel of rows of x: two vectors of rows after two, of each column after column; the last may stand alone.
+#[derive(Clone, Copy)]
+struct Pairs<'a> {
+    lanes: &'a [Lanes],
+    columns: usize,
+    /// First column of interest.
+    first: usize,
+}
+
+impl<'a> Pairs<'a> {
+    /// `V` vectors from the even vector `vector` on, of the columns of interest.
+    #[inline(always)]
+    fn of<const V: usize>(&self, vector: usize) -> &'a [[Lanes; V]] {
+        self.lanes[vector * self.columns + V * self.first..].as_chunks().0
+    }
+}
+
+/// Packs rows of x for [`RowProduct`], in panels; zeros for what is not there.
 pub(crate) fn pack_columns(isa: Isa, x: Input<'_>, data: &mut [u32]) {
     let width = x.x.width().next_multiple_of(GROUP);
     let panels = data[..columns_len(x.count(), width)].chunks_mut(PANEL * width);
     for (panel, data) in panels.enumerate() {
         let x = x.slice(panel * PANEL, PANEL.min(x.count() - panel * PANEL));
-        let (len, vectors) = (data.len(), x.count().div_ceil(ROWS));
-        let part = (16 * GROUP * vectors * ROWS).min(len);
-        for_each_part(Cut::new(RowsMut::new(data, len), Bands::Every(1), part), &|part| {
-            let group = part.first_column / (GROUP * vectors * ROWS);
-            isa.run_dots(PackColumns { x, group, out: part.rows.into_slice() });
-        });
+        for (pair, data) in data.chunks_mut(2 * ROWS * width).enumerate() {
+            let x = x.slice(pair * 2 * ROWS, (2 * ROWS).min(x.count() - pair * 2 * ROWS));
+            let (len, vectors) = (data.len(), x.count().div_ceil(ROWS));
+            let part = (16 * GROUP * vectors * ROWS).min(len);
+            for_each_part(Cut::new(RowsMut::new(data, len), Bands::Every(1), part), &|part| {
+                let group = part.first_column / (GROUP * vectors * ROWS);
+                isa.run_dots(PackColumns { x, group, out: part.rows.into_slice() });
+            });
+        }
     }
 }
 
-/// Some groups of a panel.
+/// Some groups of up to two vectors of rows.
 struct PackColumns<'a> {
     x: Input<'a>,
     group: usize,
@@ -207,25 +230,36 @@ impl DotWork for PackColumns<'_> {
 
     #[inline(always)]
     fn run<D: Dots>(self, d: D) {
-        columns(d, self.x, self.group, self.out.as_chunks_mut().0);
+        let out = self.out.as_chunks_mut().0;
+        let columns_of = out.len() / self.x.count().div_ceil(ROWS);
+        columns(d, self.x, (self.group, 0, columns_of), columns_of, out);
     }
 }
 
-/// Columns from `group` on of up to a panel of rows of x, as many as `out` holds.
+/// `count` columns from `group` on of up to a panel of rows of x, written from column `at` of `columns_of` on.
 #[inline(always)]
-fn columns<D: Dots>(d: D, x: Input<'_>, group: usize, out: &mut [Lanes]) {
+fn columns<D: Dots>(
+    d: D,
+    x: Input<'_>,
+    (group, at, count): (usize, usize, usize),
+    columns_of: usize,
+    out: &mut [Lanes],
+) {
     let vectors = x.count().div_ceil(ROWS);
-    for (half, out) in out.chunks_mut(ROWS * vectors).enumerate() {
-        let at = group * GROUP + half * ROWS;
-        for v in 0..vectors {
+    for v in 0..vectors {
+        let (pair, wide) = (v & !1, 2.min(vectors - (v & !1)));
+        let out = &mut out[pair * columns_of..];
+        for half in 0..count / ROWS {
+            let column = group * GROUP + half * ROWS;
             let mut block = [[0.0; ROWS]; ROWS];
             for (t, block) in block.iter_mut().enumerate().take(x.count() - v * ROWS) {
-                match x.row(v * ROWS + t).get(at..).unwrap_or_default() {
+                match x.row(v * ROWS + t).get(column..).unwrap_or_default() {
                     x if x.len() >= ROWS => block.copy_from_slice(&x[..ROWS]),
                     x => block[..x.len()].copy_from_slice(x),
                 }
             }
-            for (out, column) in out[v..].iter_mut().step_by(vectors).zip(d.transpose_f32(&block)) {
+            let out = out[(at + half * ROWS) * wide + v - pair..].iter_mut().step_by(wide);
+            for (out, column) in out.zip(d.transpose_f32(&block)) {
                 *out = d.store(column).map(f32::to_bits);
             }
         }
@@ -243,21 +277,23 @@ impl Bf16Rows<'_> {
         ahead: usize,
         out: &mut Widened,
     ) {
+        let (at, len) = (group * LINE, groups * LINE);
         for (r, out) in out.iter_mut().enumerate().take(count) {
             let start = (row + r) * self.stride;
-            let line = &self.bytes[start..][..self.stride];
-            for g in group..group + groups {
-                d.prefetch(self.bytes, start + (g + ahead) * LINE);
-            }
-            for (g, out) in (group..group + groups).zip(out.as_chunks_mut::<GROUP>().0) {
-                match line[g * LINE..].first_chunk::<LINE>() {
-                    Some(line) => d.widen_bf16(line, out),
-                    None => {
-                        let mut padded = [0; LINE];
-                        let rest = &line[g * LINE..];
-                        padded[..rest.len()].copy_from_slice(rest);
-                        d.widen_bf16(&padded, out);
-                    }
+            let out = out.as_chunks_mut::<GROUP>().0;
+            if at + len <= self.stride {
+                let lines = self.bytes[start + at..][..len].as_chunks::<LINE>().0;
+                for (g, (line, out)) in lines.iter().zip(out).enumerate() {
+                    d.prefetch(self.bytes, start + at + (g + ahead) * LINE);
+                    d.widen_bf16(line, out);
+                }
+            } else {
+                for (g, out) in (group..group + groups).zip(out) {
+                    let mut line = [0; LINE];
+                    let rest = &self.bytes[start..][..self.stride][g * LINE..];
+                    let here = rest.len().min(LINE);
+                    line[..here].copy_from_slice(&rest[..here]);
+                    d.widen_bf16(&line, out);
                 }
             }
         }
@@ -268,8 +304,8 @@ impl Bf16Rows<'_> {
 struct ByTokens<'a, D: Dots> {
     w: &'a Widened,
     rows: usize,
-    /// Column after column, `vectors` of each.
-    x: &'a [Lanes],
+    x: Pairs<'a>,
+    groups: usize,
     vectors: usize,
     acc: &'a mut [[D::F; VECTORS]],
 }
@@ -277,7 +313,7 @@ struct ByTokens<'a, D: Dots> {
 impl<D: Dots> InnerWork<D> for ByTokens<'_, D> {
     #[inline(always)]
     fn run(self, d: D) {
-        let Self { w, rows, x, vectors, acc } = self;
+        let Self { w, rows, x, groups, vectors, acc } = self;
         for first in (0..vectors).step_by(2) {
             macro_rules! tile {
                 ($($n:literal)*) => {
@@ -285,9 +321,11 @@ impl<D: Dots> InnerWork<D> for ByTokens<'_, D> {
                         $($n => {
                             let (w, acc) = (w.first_chunk().expect("a tile"), part(acc));
                             if vectors - first > 1 {
-                                d.call(TokenTile::<D, $n, 2> { w, x, vectors, first, acc });
+                                let x = &x.of(first)[..groups * GROUP];
+                                d.call(TokenTile::<D, $n, 2> { w, x, first, acc });
                             } else {
-                                d.call(TokenTile::<D, $n, 1> { w, x, vectors, first, acc });
+                                let x = &x.of(first)[..groups * GROUP];
+                                d.call(TokenTile::<D, $n, 1> { w, x, first, acc });
                             }
                         })*
                         _ => unreachable!("more rows than a tile holds"),
@@ -308,8 +346,7 @@ fn part<V, const T: usize>(acc: &mut [V]) -> &mut [V; T] {
 /// [`ByTokens`] of `R` weight rows and `V` vectors of rows of x, in registers.
 struct TokenTile<'a, D: Dots, const R: usize, const V: usize> {
     w: &'a [[f32; CHUNK * GROUP]; R],
-    x: &'a [Lanes],
-    vectors: usize,
+    x: &'a [[Lanes; V]],
     first: usize,
     acc: &'a mut [[D::F; VECTORS]; R],
 }
@@ -317,21 +354,22 @@ struct TokenTile<'a, D: Dots, const R: usize, const V: usize> {
 impl<D: Dots, const R: usize, const V: usize> InnerWork<D> for TokenTile<'_, D, R, V> {
     #[inline(always)]
     fn run(self, d: D) {
-        let Self { w, x, vectors, first, acc } = self;
-        for (x, g) in x.chunks_exact(GROUP * vectors).zip(0..CHUNK) {
+        let Self { w, x, first, acc } = self;
+        for (x, g) in x.as_chunks::<GROUP>().0.iter().zip(0..CHUNK) {
             // Left to itself the compiler keeps sums and accumulators in registers, more than there are.
             let acc = black_box(&mut *acc);
             let mut sums = [[d.zero(); V]; R];
-            for i in 0..GROUP {
-                let lanes: &[Lanes; V] = x[(i ^ 1) * vectors + first..].first_chunk().expect("a panel's vectors");
-                let mut x = [d.zero(); V];
-                for (x, lanes) in x.iter_mut().zip(lanes) {
-                    *x = d.load_f32(lanes);
-                }
-                for (sums, w) in sums.iter_mut().zip(w) {
-                    let w = d.splat_f32(w[g * GROUP + (i ^ 1)]);
-                    for (sum, x) in sums.iter_mut().zip(x) {
-                        *sum = d.fma(w, x, *sum);
+            for (i, pair) in x.as_chunks::<2>().0.iter().enumerate() {
+                for j in [1, 0] {
+                    let mut x = [d.zero(); V];
+                    for (x, lanes) in x.iter_mut().zip(&pair[j]) {
+                        *x = d.load_f32(lanes);
+                    }
+                    for (sums, w) in sums.iter_mut().zip(w) {
+                        let w = d.splat_f32(w[g * GROUP + 2 * i + j]);
+                        for (sum, x) in sums.iter_mut().zip(x) {
+                            *sum = d.fma(w, x, *sum);
+                        }
                     }
                 }
             }
@@ -346,10 +384,10 @@ impl<D: Dots, const R: usize, const V: usize> InnerWork<D> for TokenTile<'_, D, 
 }
 
 impl RowProduct<'_> {
-    /// Sixteen outputs of row `t`, from column `row` on, as far as they exist.
+    /// Up to sixteen outputs of row `t`, from column `row` on, as far as they exist.
     #[inline(always)]
-    fn store<D: Dots>(&mut self, d: D, t: usize, row: usize, sums: D::F) {
-        let count = ROWS.min(self.w.rows.saturating_sub(row));
+    fn store<D: Dots>(&mut self, d: D, t: usize, row: usize, count: usize, sums: D::F) {
+        let count = count.min(self.w.rows.saturating_sub(row));
         if count == 0 {
             return;
         }

@@ -154,14 +154,16 @@ impl Lanes for Avx2 {
         all!(_mm256_min_ps, a, b)
     }
     #[inline(always)]
-    fn pow2(self, n: V) -> V {
-        n.map(|n| {
+    fn pow2(self, mut n: V) -> V {
+        // A loop: what a closure calls would not be inlined, because it lacks the features.
+        for n in &mut n {
             // SAFETY: the token proves AVX2.
             unsafe {
-                let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+                let e = _mm256_add_epi32(_mm256_cvtps_epi32(*n), _mm256_set1_epi32(127));
+                *n = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(e));
             }
-        })
+        }
+        n
     }
     #[inline(always)]
     fn sum(self, v: V) -> f32 {

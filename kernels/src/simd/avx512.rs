@@ -144,14 +144,16 @@ impl Lanes for Avx512 {
         both!(_mm512_min_ps, a, b)
     }
     #[inline(always)]
-    fn pow2(self, n: V) -> V {
-        n.map(|n| {
+    fn pow2(self, mut n: V) -> V {
+        // A loop: what a closure calls would not be inlined, because it lacks the features.
+        for n in &mut n {
             // SAFETY: the token proves AVX-512.
             unsafe {
-                let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
+                let e = _mm512_add_epi32(_mm512_cvtps_epi32(*n), _mm512_set1_epi32(127));
+                *n = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(e));
             }
-        })
+        }
+        n
     }
     #[inline(always)]
     fn sum(self, v: V) -> f32 {
