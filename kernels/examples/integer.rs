@@ -15,8 +15,8 @@ fn main() {
         let bytes: Vec<u8> = (0..400 << 20).map(|i: usize| if i % 2 == 1 { 0x3c } else { (i.wrapping_mul(2_654_435_761) >> 13) as u8 }).collect();
         let scales: Vec<u8> = (0..50 << 20).map(|i| if i % 2 == 1 { 0x3c } else { 7 }).collect();
         let median = |v: &mut Vec<f64>| { v.sort_by(f64::total_cmp); v[v.len() / 2] };
-        for kind in ["bf16"] {
-            for m in [1, 2, 3, 4, 8, 11, 16, 43, 64] {
+        for kind in ["int16", "int8", "bf16"] {
+            for m in [1, 2, 4] {
                 if only.is_some_and(|o| o != m) { continue }
                 let rows = if kind == "bf16" { 1024 } else { 4096 };
                 let x: Vec<f32> = (0..m * cols).map(|i| (i % 97) as f32 - 48.0).collect();

@@ -80,6 +80,18 @@ impl Bf16Rows<'_> {
     }
 }
 
+impl Bf16Rows<'_> {
+    /// Asks for one group of the first sixteen rows.
+    #[inline(always)]
+    fn ask<D: Dots>(&self, d: D, group: usize) {
+        if group < self.groups {
+            for r in 0..ROWS {
+                d.prefetch(self.bytes, r * self.stride + group * LINE);
+            }
+        }
+    }
+}
+
 /// Up to [`FEW`] rows of x: weights are read row block by row block, which the memory likes best.
 struct FewRows<'a> {
     product: RowProduct<'a>,
@@ -97,7 +109,11 @@ impl<D: Dots> InnerWork<D> for FewRows<'_> {
             let ahead = (row + ROWS) * rows.stride;
             for group in 0..rows.groups {
                 let dwords = rows.line(d, row, group);
-                let line = Line { dwords, ahead: rows.bytes, at: ahead + group * ROWS * LINE };
+                if row == 0 {
+                    // Nothing asked for the first rows.
+                    rows.ask(d, group + AHEAD);
+                }
+                let line = Line { dwords, ahead: rows.bytes, at: ahead + group * LINE, step: rows.stride };
                 let x = |t: usize| &x.row(t)[group * GROUP..];
                 match product.x.count() {
                     1 => few(d, line, [x(0)], &mut sums),
@@ -409,6 +425,7 @@ struct Line<'a, D: Dots> {
     /// What is needed later: sixteen lines, the first at `at`.
     ahead: &'a [u8],
     at: usize,
+    step: usize,
 }
 
 /// The two columns of a dword, the second first.
@@ -433,7 +450,7 @@ fn few<D: Dots, const T: usize>(d: D, line: Line<'_, D>, x: [&[f32]; T], acc: &m
     }
     let mut sums = [d.zero(); T];
     for (k, dword) in line.dwords.into_iter().enumerate() {
-        d.prefetch(line.ahead, line.at + k * LINE);
+        d.prefetch(line.ahead, line.at + k * line.step);
         let [second, first] = pair(d, dword);
         for (sum, x) in sums.iter_mut().zip(groups) {
             *sum = d.fma(second, d.splat_f32(x[2 * k + 1]), *sum);

@@ -12,6 +12,8 @@ use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS};
 const BLOCKS: usize = 2;
 /// Rows of x up to which codes are used from the registers they are unpacked in.
 const FEW: usize = 4;
+/// Lines that the first rows of a product are asked for ahead.
+const AHEAD: usize = 6;
 
 /// `out[t, r] = dot(x[t], w[r]) (+ bias[r])`, all of it on this thread.
 pub(crate) struct Product<'a> {
@@ -207,13 +209,19 @@ impl<C: Code, W: Width> DotWork for Typed<'_, C, W> {
                     let scales = &scales[group - first..][..count];
                     let x = &x[group * tokens..][..count * tokens];
                     let ahead = at * ROWS;
+                    if row == 0 && at + AHEAD * LINE < stride {
+                        // Nothing asked for the first rows.
+                        for r in 0..BLOCKS * ROWS {
+                            d.prefetch(blocks[0].codes, r * stride + at + AHEAD * LINE);
+                        }
+                    }
                     if tokens <= FEW {
                         for (b, block) in blocks.iter().enumerate() {
                             if block.rows == 0 {
                                 continue;
                             }
                             let dwords = Self::line(d, block.codes, block.rows, stride, at);
-                            let line = Line { dwords, scales, block: b, ahead: &next[b].codes, at: ahead };
+                            let line = Line { dwords, scales, block: b, ahead: next[b].codes, at, step: stride };
                             match tokens {
                                 1 => few::<D, C, W, 1>(d, line, x, &mut acc),
                                 2 => few::<D, C, W, 2>(d, line, x, &mut acc),
@@ -266,6 +274,7 @@ struct Line<'a, D: Dots> {
     /// What is needed later: sixteen lines from `at` on.
     ahead: &'a [u8],
     at: usize,
+    step: usize,
 }
 
 /// Adds the products of a line with `T` rows of x.
@@ -283,7 +292,7 @@ fn few<D: Dots, C: Code, W: Width, const T: usize>(
             *sum = d.splat(x.as_ref()[W::VALUES]);
         }
         for k in 0..dwords {
-            d.prefetch(line.ahead, line.at + (g * dwords + k) * LINE);
+            d.prefetch(line.ahead, line.at + (g * dwords + k) * line.step);
             let codes = W::unpack::<D, C>(d, line.dwords[g * dwords + k]);
             for (j, codes) in codes.iter().take(W::count::<C>()).enumerate() {
                 for (sum, x) in sums.iter_mut().zip(x) {

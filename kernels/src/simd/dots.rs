@@ -42,7 +42,7 @@ pub(crate) trait Dots: Copy {
     fn transpose_f32(self, rows: &[[f32; ROWS]; ROWS]) -> [Self::F; 16];
     /// 32 little-endian bf16 as f32.
     fn widen_bf16(self, x: &[u8; LINE], out: &mut [f32; 32]);
-    /// Asks for the cache line of `bytes` at `at`, if there is one.
+    /// Asks for the cache line `at` bytes from the first of `bytes`, which need not exist.
     fn prefetch(self, bytes: &[u8], at: usize);
 
     fn splat(self, x: u32) -> Self::I;
