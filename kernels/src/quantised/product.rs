@@ -10,8 +10,6 @@ use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS};
 
 /// Row blocks multiplied together.
 const BLOCKS: usize = 2;
-/// Rows of x up to which codes are used from the registers they are unpacked in.
-const FEW: usize = 4;
 /// Lines that the first rows of a product are asked for ahead.
 const AHEAD: usize = 6;
 
@@ -147,15 +145,15 @@ impl<'a, C: Code, W: Width> Typed<'a, C, W> {
             rows,
         }
     }
+}
 
-    /// Dwords of 64 bytes of every row of a block, from `at` on, of rows of `stride` bytes.
-    #[inline(always)]
-    fn line<D: Dots>(d: D, bytes: &[u8], rows: usize, stride: usize, at: usize) -> [D::I; 16] {
-        if rows == ROWS && at + LINE <= stride {
-            return d.transpose(bytes, stride, at);
-        }
-        d.transpose(&padded(bytes, rows, stride, at), LINE, 0)
+/// Dwords of 64 bytes of every row of a block, from `at` on, of rows of `stride` bytes.
+#[inline(always)]
+fn lines<D: Dots>(d: D, bytes: &[u8], rows: usize, stride: usize, at: usize) -> [D::I; 16] {
+    if rows == ROWS && at + LINE <= stride {
+        return d.transpose(bytes, stride, at);
     }
+    d.transpose(&padded(bytes, rows, stride, at), LINE, 0)
 }
 
 /// What there is of 64 bytes of sixteen rows, and zeros.
@@ -173,34 +171,114 @@ impl<C: Code, W: Width> DotWork for Typed<'_, C, W> {
     type Output = ();
 
     #[inline(always)]
-    fn run<D: Dots>(mut self, d: D) {
-        let rows = self.product.w.rows;
-        let x = W::groups(self.product.x.data);
-        let tokens = self.product.x.rows;
-        let stride = self.groups * group_bytes::<C>();
-        let scale_stride = self.groups * C::SCALE;
+    fn run<D: Dots>(self, d: D) {
+        match self.product.x.rows {
+            1 => d.call(FewRows::<C, W, 1>(self)),
+            2 => d.call(FewRows::<C, W, 2>(self)),
+            3 => d.call(FewRows::<C, W, 3>(self)),
+            4 => d.call(FewRows::<C, W, 4>(self)),
+            _ => d.call(ManyRows(self)),
+        }
+    }
+}
+
+/// `T` rows of x: codes are used from the registers they are unpacked in.
+struct FewRows<'a, C, W, const T: usize>(Typed<'a, C, W>);
+
+impl<D: Dots, C: Code, W: Width, const T: usize> InnerWork<D> for FewRows<'_, C, W, T> {
+    #[inline(always)]
+    fn run(self, d: D) {
+        let Self(mut typed) = self;
+        let (x, _) = W::groups(typed.product.x.data).as_chunks::<T>();
+        let stride = typed.groups * group_bytes::<C>();
+        let mut scales = [[d.zero(); 4]; SCALES / 4];
+        for row in (0..typed.product.w.rows).step_by(ROWS) {
+            let block = typed.block(row);
+            let mut acc = [d.zero(); T];
+            for first in (0..typed.groups).step_by(SCALES / C::SCALE) {
+                let end = typed.groups.min(first + SCALES / C::SCALE);
+                typed.scales(d, block, first, &mut scales);
+                for group in (first..end).step_by(C::GROUPS) {
+                    let at = group * group_bytes::<C>();
+                    if row == 0 {
+                        // Nothing asked for the first rows.
+                        for r in 0..ROWS {
+                            d.prefetch(block.codes, r * stride + at + AHEAD * LINE);
+                        }
+                    }
+                    let dwords = typed.line(d, block, at);
+                    // The sixteen rows after these follow them: they are read in order.
+                    let ahead = ROWS * stride + at * ROWS;
+                    for g in 0..C::GROUPS {
+                        let Some(x) = x.get(group + g) else { break };
+                        // Whole numbers: four short chains give what one long one gives, where registers allow them.
+                        let mut sums = [[d.splat(0); 4]; T];
+                        for (sums, x) in sums.iter_mut().zip(x) {
+                            sums[0] = d.splat(x.as_ref()[W::VALUES]);
+                        }
+                        for k in 0..16 / C::GROUPS {
+                            let dword = g * (16 / C::GROUPS) + k;
+                            d.prefetch(block.codes, ahead + dword * LINE);
+                            let codes = W::unpack::<D, C>(d, dwords[dword]);
+                            for (j, codes) in codes.iter().take(W::count::<C>()).enumerate() {
+                                let chain = if T <= 2 { (k * W::count::<C>() + j) % 4 } else { 0 };
+                                for (sums, x) in sums.iter_mut().zip(x) {
+                                    let x = d.splat(x.as_ref()[k * W::count::<C>() + j]);
+                                    let sum = &mut sums[chain];
+                                    *sum = if C::WIDE {
+                                        W::dot::<D, true>(d, *sum, *codes, x)
+                                    } else {
+                                        W::dot::<D, false>(d, *sum, *codes, x)
+                                    };
+                                }
+                            }
+                        }
+                        let index = group + g - first;
+                        let per = 4 / C::SCALE;
+                        let weight_scale = scales[index / per][index % per];
+                        for (([a, b, c, e], x), acc) in sums.iter().zip(x).zip(&mut acc) {
+                            let sum = d.add_i32(d.add_i32(*a, *b), d.add_i32(*c, *e));
+                            let scale = d.splat_f32(f32::from_bits(x.as_ref()[W::VALUES + 1]));
+                            *acc = d.fma(d.to_f32(sum), d.mul(weight_scale, scale), *acc);
+                        }
+                    }
+                }
+            }
+            for (t, acc) in acc.iter().enumerate() {
+                typed.store(d, t, row, *acc);
+            }
+        }
+    }
+}
+
+/// More rows of x: two blocks of codes are expanded, and multiplied with all rows of x.
+struct ManyRows<'a, C, W>(Typed<'a, C, W>);
+
+impl<D: Dots, C: Code, W: Width> InnerWork<D> for ManyRows<'_, C, W> {
+    #[inline(always)]
+    fn run(self, d: D) {
+        let Self(mut typed) = self;
+        let rows = typed.product.w.rows;
+        let x = W::groups(typed.product.x.data);
+        let tokens = typed.product.x.rows;
+        let stride = typed.groups * group_bytes::<C>();
         let scales_at_once = SCALES / C::SCALE;
         let mut scales: Scales<D::F> = [[d.zero(); BLOCKS]; MAX_SCALES];
         let mut acc = [[d.zero(); BLOCKS]; PANEL];
         let mut expanded = [[d.splat(0); BLOCKS]; LINE];
+        let mut transposed = [[d.zero(); 4]; SCALES / 4];
         for row in (0..rows).step_by(BLOCKS * ROWS) {
-            let blocks = [self.block(row), self.block(row + ROWS)];
-            // Rows as long as sixteen follow one another: read in order, which the memory likes, while this
-            // unit is worked on.
-            let next = [self.block(row + 2 * ROWS), self.block(row + 3 * ROWS)];
+            let blocks = [typed.block(row), typed.block(row + ROWS)];
             acc[..tokens].fill([d.zero(); BLOCKS]);
-            for first in (0..self.groups).step_by(scales_at_once) {
-                let end = self.groups.min(first + scales_at_once);
+            for first in (0..typed.groups).step_by(scales_at_once) {
+                let end = typed.groups.min(first + scales_at_once);
                 for (b, block) in blocks.iter().enumerate() {
-                    let dwords = Self::line(d, block.scales, block.rows, scale_stride, first * C::SCALE);
+                    typed.scales(d, *block, first, &mut transposed);
                     let per = 4 / C::SCALE;
-                    for (scales, dword) in scales.chunks_mut(per).zip(dwords) {
-                        for (scales, scale) in scales.iter_mut().zip(C::scales(d, dword)) {
-                            scales[b] = scale;
+                    for (scales, four) in scales.chunks_mut(per).zip(&transposed) {
+                        for (scales, scale) in scales.iter_mut().zip(four) {
+                            scales[b] = *scale;
                         }
-                    }
-                    for i in 0..ROWS {
-                        d.prefetch(next[b].scales, (first / scales_at_once * ROWS + i) * LINE);
                     }
                 }
                 for group in (first..end).step_by(C::GROUPS) {
@@ -208,32 +286,11 @@ impl<C: Code, W: Width> DotWork for Typed<'_, C, W> {
                     let at = group * group_bytes::<C>();
                     let scales = &scales[group - first..][..count];
                     let x = &x[group * tokens..][..count * tokens];
-                    let ahead = at * ROWS;
-                    if row == 0 && at + AHEAD * LINE < stride {
-                        // Nothing asked for the first rows.
-                        for r in 0..BLOCKS * ROWS {
-                            d.prefetch(blocks[0].codes, r * stride + at + AHEAD * LINE);
-                        }
-                    }
-                    if tokens <= FEW {
-                        for (b, block) in blocks.iter().enumerate() {
-                            if block.rows == 0 {
-                                continue;
-                            }
-                            let dwords = Self::line(d, block.codes, block.rows, stride, at);
-                            let line = Line { dwords, scales, block: b, ahead: next[b].codes, at, step: stride };
-                            match tokens {
-                                1 => few::<D, C, W, 1>(d, line, x, &mut acc),
-                                2 => few::<D, C, W, 2>(d, line, x, &mut acc),
-                                3 => few::<D, C, W, 3>(d, line, x, &mut acc),
-                                _ => few::<D, C, W, 4>(d, line, x, &mut acc),
-                            }
-                        }
-                        continue;
-                    }
                     for (b, block) in blocks.iter().enumerate() {
-                        let dwords = Self::line(d, block.codes, block.rows, stride, at);
-                        expand::<D, C, W>(d, dwords, b, (next[b].codes, ahead), &mut expanded);
+                        let dwords = typed.line(d, *block, at);
+                        // The rows after this unit follow it: they are read in order while it is worked on.
+                        let ahead = BLOCKS * ROWS * stride + at * ROWS;
+                        expand::<D, C, W>(d, dwords, b, (block.codes, ahead), &mut expanded);
                     }
                     let (w, acc) = (&expanded, &mut acc);
                     if C::WIDE {
@@ -243,71 +300,52 @@ impl<C: Code, W: Width> DotWork for Typed<'_, C, W> {
                     }
                 }
             }
-            self.store(d, row, &acc);
+            for (t, acc) in acc.iter().enumerate().take(tokens) {
+                for (b, acc) in acc.iter().enumerate() {
+                    typed.store(d, t, row + b * ROWS, *acc);
+                }
+            }
         }
     }
 }
 
 impl<C: Code, W: Width> Typed<'_, C, W> {
+    /// Sixteen outputs of row `t`, from column `row` on, as far as they exist.
     #[inline(always)]
-    fn store<D: Dots>(&mut self, d: D, row: usize, acc: &[[D::F; BLOCKS]; PANEL]) {
+    fn store<D: Dots>(&mut self, d: D, t: usize, row: usize, sums: D::F) {
         let Product { bias, out, w, .. } = &mut self.product;
-        let count = (BLOCKS * ROWS).min(w.rows - row);
-        for (t, acc) in acc.iter().enumerate().take(out.count()) {
-            let out = &mut out.row(t)[row..][..count];
-            for (block, acc) in out.chunks_mut(ROWS).zip(acc) {
-                block.copy_from_slice(&d.store(*acc)[..block.len()]);
-            }
-            if let Some(bias) = bias {
-                out.iter_mut().zip(&bias[row..]).for_each(|(o, b)| *o += b);
-            }
+        let count = ROWS.min(w.rows.saturating_sub(row));
+        if count == 0 {
+            return;
+        }
+        let out = &mut out.row(t)[row..][..count];
+        let sums = d.store(sums);
+        match out.as_mut_array::<ROWS>() {
+            Some(out) => *out = sums,
+            None => out.copy_from_slice(&sums[..count]),
+        }
+        if let Some(bias) = bias {
+            out.iter_mut().zip(&bias[row..]).for_each(|(o, b)| *o += b);
         }
     }
-}
 
-/// One line of a block of rows.
-struct Line<'a, D: Dots> {
-    dwords: [D::I; 16],
-    /// Of its groups.
-    scales: &'a [[D::F; BLOCKS]],
-    block: usize,
-    /// What is needed later: sixteen lines from `at` on.
-    ahead: &'a [u8],
-    at: usize,
-    step: usize,
-}
+    /// 64 bytes of the codes of a block, from byte `at` of its rows on.
+    #[inline(always)]
+    fn line<D: Dots>(&self, d: D, block: Block<'_>, at: usize) -> [D::I; 16] {
+        lines(d, block.codes, block.rows, self.groups * group_bytes::<C>(), at)
+    }
 
-/// Adds the products of a line with `T` rows of x.
-#[inline(always)]
-fn few<D: Dots, C: Code, W: Width, const T: usize>(
-    d: D,
-    line: Line<'_, D>,
-    x: &[W::Group],
-    acc: &mut [[D::F; BLOCKS]; PANEL],
-) {
-    let dwords = 16 / C::GROUPS;
-    for (g, (x, scales)) in x.as_chunks::<T>().0.iter().zip(line.scales).enumerate() {
-        let mut sums = [d.splat(0); T];
-        for (sum, x) in sums.iter_mut().zip(x) {
-            *sum = d.splat(x.as_ref()[W::VALUES]);
+    /// The scales of a block from group `first` on: those of one dword of every row together.
+    #[inline(always)]
+    fn scales<D: Dots>(&self, d: D, block: Block<'_>, first: usize, out: &mut [[D::F; 4]; SCALES / 4]) {
+        let stride = self.groups * C::SCALE;
+        let at = first * C::SCALE;
+        for r in 0..ROWS {
+            d.prefetch(block.scales, BLOCKS * ROWS * stride + at * ROWS + r * LINE);
         }
-        for k in 0..dwords {
-            d.prefetch(line.ahead, line.at + (g * dwords + k) * line.step);
-            let codes = W::unpack::<D, C>(d, line.dwords[g * dwords + k]);
-            for (j, codes) in codes.iter().take(W::count::<C>()).enumerate() {
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    let x = d.splat(x.as_ref()[k * W::count::<C>() + j]);
-                    *sum = if C::WIDE {
-                        W::dot::<D, true>(d, *sum, *codes, x)
-                    } else {
-                        W::dot::<D, false>(d, *sum, *codes, x)
-                    };
-                }
-            }
-        }
-        for ((sum, x), acc) in sums.iter().zip(x).zip(acc.iter_mut()) {
-            let scale = d.mul(scales[line.block], d.splat_f32(f32::from_bits(x.as_ref()[W::VALUES + 1])));
-            acc[line.block] = d.fma(d.to_f32(*sum), scale, acc[line.block]);
+        let dwords = lines(d, block.scales, block.rows, stride, at);
+        for (out, dword) in out.iter_mut().zip(dwords) {
+            *out = C::scales(d, dword);
         }
     }
 }

@@ -47,6 +47,7 @@ pub(crate) trait Dots: Copy {
 
     fn splat(self, x: u32) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
     /// Every dword shifted left.
     fn shl<const N: u32>(self, a: Self::I) -> Self::I;
     /// Every word shifted right, zeros from above.

@@ -136,6 +136,10 @@ impl Dots for Avx2 {
         both!(_mm256_and_si256, a, b)
     }
     #[inline(always)]
+    fn add_i32(self, a: I, b: I) -> I {
+        both!(_mm256_add_epi32, a, b)
+    }
+    #[inline(always)]
     fn shl<const N: u32>(self, a: I) -> I {
         // SAFETY: the token proves AVX2.
         unsafe {

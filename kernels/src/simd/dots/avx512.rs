@@ -127,6 +127,11 @@ macro_rules! shared_operations {
             unsafe { _mm512_and_si512(a, b) }
         }
         #[inline(always)]
+        fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
+            // SAFETY: the token proves AVX-512.
+            unsafe { _mm512_add_epi32(a, b) }
+        }
+        #[inline(always)]
         fn shl<const N: u32>(self, a: __m512i) -> __m512i {
             // SAFETY: the token proves AVX-512.
             unsafe { _mm512_slli_epi32::<N>(a) }

@@ -71,6 +71,10 @@ impl Dots for Portable {
         zip(a, b, |a, b| a & b)
     }
     #[inline(always)]
+    fn add_i32(self, a: I, b: I) -> I {
+        zip(a, b, u32::wrapping_add)
+    }
+    #[inline(always)]
     fn shl<const N: u32>(self, a: I) -> I {
         map(a, |a| a << N)
     }
