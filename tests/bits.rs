@@ -99,8 +99,9 @@ fn chunks_and_batches_change_no_bit() {
             let mut runner = CpuRunner::new(Arc::clone(&model), numerics, capacity);
             // Sequence 0 has two blocks, each other one of its own, none in order.
             let first = SEQUENCES as u32;
-            let tables: Vec<Vec<u32>> =
-                (0..sequences as u32).map(|s| if s == 0 { vec![first, 0] } else { vec![first - s] }).collect();
+            let tables: Vec<Vec<u32>> = (0..sequences as u32)
+                .map(|s| if s == 0 { vec![first, 0] } else { vec![first - s] })
+                .collect();
             let (prompts, expected) = (&prompts[..sequences], &expected[..sequences]);
             let mut batch = Batch::default();
             for (prompt, table) in prompts.iter().zip(&tables) {

@@ -164,8 +164,24 @@ const READ_TASK: usize = 1 << 20;
 const PEAK_TASKS: usize = 8;
 /// How long one look at an arithmetic peak takes.
 const PEAK_SECONDS: f64 = 2e-3;
-/// Distances of prefetching in bytes of which the best is used.
-const PREFETCHES: [usize; 4] = [0, 512, 2048, 8192];
+/// Parts of memory that a thread reads side by side: on some machines more than one from front to back.
+const STREAMS: usize = 4;
+/// How a thread reads memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    /// Front to back, asking so many bytes ahead.
+    Stream(usize),
+    /// [`STREAMS`] parts at a time.
+    SideBySide,
+}
+/// Ways to read of which the best is the ceiling.
+const READINGS: [Reading; 5] = [
+    Reading::Stream(0),
+    Reading::Stream(512),
+    Reading::Stream(2048),
+    Reading::Stream(8192),
+    Reading::SideBySide,
+];
 
 /// Pages of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,9 +227,30 @@ fn spin(seconds: f64) {
 }
 
 /// Bytes per second of one read of `bytes`.
-fn read_rate(bytes: &[u8], prefetch: usize) -> f64 {
-    let tasks: Vec<&[u8]> = bytes.chunks(READ_TASK).collect();
-    bytes.len() as f64 / timed(|| team::run(tasks.len(), &|i| read(tasks[i], prefetch)))
+fn read_rate(bytes: &[u8], reading: Reading) -> f64 {
+    let seconds = match reading {
+        Reading::Stream(prefetch) => {
+            let tasks: Vec<&[u8]> = bytes.chunks(READ_TASK).collect();
+            timed(|| team::run(tasks.len(), &|i| read(tasks[i], prefetch)))
+        }
+        Reading::SideBySide => {
+            let tasks: Vec<&[u8]> = bytes.chunks(STREAMS * READ_TASK).collect();
+            timed(|| team::run(tasks.len(), &|i| read_side_by_side(tasks[i])))
+        }
+    };
+    bytes.len() as f64 / seconds
+}
+
+/// Reads all bytes once, some from each of [`STREAMS`] parts in turn.
+fn read_side_by_side(bytes: &[u8]) {
+    /// Bytes from one part at a time.
+    const TURN: usize = 2048;
+    let part = bytes.len() / STREAMS;
+    for at in (0..part).step_by(TURN) {
+        for bytes in bytes.chunks_exact(part) {
+            read(&bytes[at..part.min(at + TURN)], 0);
+        }
+    }
 }
 
 /// Turns of a peak's loop that keep a thread busy for [`PEAK_SECONDS`].
@@ -249,7 +286,7 @@ pub struct Yardstick {
     buffer: MmapMut,
     window: usize,
     next: usize,
-    prefetch: usize,
+    reading: Reading,
     best: Vec<Best>,
     ceilings: Ceilings,
 }
@@ -275,14 +312,15 @@ impl Yardstick {
         });
         let best = best.collect();
         let nothing = Ceilings { read_bandwidth: 0.0, f32: 0.0, bf16: 0.0, int16: 0.0, int8: 0.0 };
-        let mut yardstick = Self { buffer, window: bytes / 4, next: 0, prefetch: 0, best, ceilings: nothing };
+        let mut yardstick =
+            Self { buffer, window: bytes / 4, next: 0, reading: Reading::Stream(0), best, ceilings: nothing };
         let mut reads = Vec::new();
-        for prefetch in PREFETCHES {
-            yardstick.prefetch = prefetch;
-            reads.push((best_of(5, || yardstick.read()), prefetch));
+        for reading in READINGS {
+            yardstick.reading = reading;
+            reads.push((best_of(5, || yardstick.read()), reading));
         }
-        let (rate, prefetch) = reads.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).expect("there are some");
-        yardstick.prefetch = prefetch;
+        let (rate, reading) = reads.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).expect("there are some");
+        yardstick.reading = reading;
         let peak = |bound| best_of(5, || yardstick.peak(bound));
         let [f32, bf16, int16, int8] = Bound::PEAKS.map(peak);
         yardstick.ceilings = Ceilings { read_bandwidth: rate, f32, bf16, int16, int8 };
@@ -303,7 +341,7 @@ impl Yardstick {
     fn read(&mut self) -> f64 {
         let part = &self.buffer[self.next..self.next + self.window];
         self.next = (self.next + self.window) % self.buffer.len();
-        read_rate(part, self.prefetch)
+        read_rate(part, self.reading)
     }
 
     /// Operations per second, now.

@@ -24,15 +24,21 @@ pub struct Variant {
     pub name: &'static str,
     /// `numerics` of the row.
     numerics: Numerics,
-    make: fn(Arc<Model>, Capacity) -> CpuRunner,
+    /// With 8-bit copies of float weights.
+    q8: bool,
+}
+
+const fn variant(name: &'static str, numerics: Numerics, q8: bool) -> Variant {
+    Variant { name, numerics, q8 }
 }
 
 /// All of them.
-pub const VARIANTS: &[Variant] = &[Variant {
-    name: "model",
-    numerics: Numerics::Model,
-    make: |model, capacity| CpuRunner::new(model, Numerics::Model, capacity),
-}];
+pub const VARIANTS: &[Variant] = &[
+    variant("model", Numerics::Model, false),
+    variant("int8-activations", Numerics::Int8Activations, false),
+    variant("q8-dense", Numerics::Model, true),
+    variant("int8-activations-q8-dense", Numerics::Int8Activations, true),
+];
 
 /// Tokens to compare on.
 #[derive(Clone, Debug)]
@@ -49,12 +55,12 @@ pub fn capacity(model: &Model) -> Capacity {
     Capacity { blocks: blocks(tokens), batch_tokens: tokens, logit_rows: tokens }
 }
 
-/// A row for every variant, or for those of the given names.
+/// A row for every variant, or for those of the given names; `q8` opens the model with 8-bit copies.
 ///
 /// # Errors
 /// If there is no variant of a name, there are no tokens, logits are not finite, or a row cannot be written.
 pub fn measure(
-    model: &Arc<Model>,
+    (model, q8): (&Arc<Model>, &(dyn Fn() -> Result<Arc<Model>, Error> + Sync)),
     name: &str,
     text: &Text,
     names: &[String],
@@ -71,9 +77,10 @@ pub fn measure(
     }
     let chosen = VARIANTS.iter().filter(|v| names.is_empty() || names.iter().any(|name| *name == v.name));
     for variant in chosen {
-        let found = compare(model, variant, &text.tokens, sink)?;
+        let copied = if variant.q8 { Some(q8()?) } else { None };
+        let found = compare((model, copied.as_ref().unwrap_or(model)), variant, &text.tokens, sink)?;
         let setting = Setting {
-            numerics: variant.numerics.as_str(),
+            numerics: format!("{}{}", variant.numerics.as_str(), if variant.q8 { "+q8-dense" } else { "" }),
             runner: "cpu",
             threads: rayon::current_num_threads(),
             model: name.to_owned(),
@@ -107,7 +114,7 @@ struct Found {
 }
 
 fn compare(
-    model: &Arc<Model>,
+    (model, tested): (&Arc<Model>, &Arc<Model>),
     variant: &Variant,
     tokens: &[u32],
     sink: &mut dyn Sink,
@@ -115,7 +122,7 @@ fn compare(
     let capacity = capacity(model);
     let vocab = model.config.vocab;
     let mut exact = CpuRunner::new(Arc::clone(model), Numerics::Reference, capacity);
-    let mut tested = (variant.make)(Arc::clone(model), capacity);
+    let mut tested = CpuRunner::new(Arc::clone(tested), variant.numerics, capacity);
     let table: Vec<u32> = (0..capacity.blocks as u32).collect();
     let (mut p, mut q) = (vec![0.0; capacity.logit_rows * vocab], vec![0.0; capacity.logit_rows * vocab]);
     let mut found = Found { divergences: Vec::new(), agreeing: 0, seconds: Vec::new() };

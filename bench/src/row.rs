@@ -64,7 +64,7 @@ pub struct Share {
 #[derive(Clone, Debug)]
 pub struct Setting {
     /// How exact; `reference` or `model`.
-    pub numerics: &'static str,
+    pub numerics: String,
     /// Which implementation.
     pub runner: &'static str,
     /// Threads.

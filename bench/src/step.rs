@@ -187,7 +187,7 @@ impl<'a> StepBench<'a> {
     fn new(model: &'a Arc<Model>, name: &str, options: &'a StepOptions, capacity: Capacity) -> Self {
         let runner = CpuRunner::new(Arc::clone(model), options.numerics, capacity);
         let setting = Setting {
-            numerics: options.numerics.as_str(),
+            numerics: model.numerics_label(options.numerics),
             runner: runner.name(),
             threads: rayon::current_num_threads(),
             model: name.to_owned(),

@@ -194,7 +194,11 @@ fn compare(args: &QualityArgs) -> Result<ExitCode, Error> {
     check_capacity(&model.config, Numerics::Reference, &quality::capacity(&model))?;
     let pool = pool(&args.output)?;
     measured(&args.output, |output| {
-        pool.install(|| quality::measure(&model, &args.model, &text, &args.variant, output))
+        let q8 = || {
+            let model = open_model(&args.model, DenseFormat::Q8);
+            model.map_err(|error| bench::Error::Unsupported(error.to_string()))
+        };
+        pool.install(|| quality::measure((&model, &q8), &args.model, &text, &args.variant, output))
     })
 }
 
@@ -231,7 +235,7 @@ impl ModelArgs {
                 "bench measures the cpu runner; the reference runner is there to be compared with",
             ));
         }
-let dense = self.dense_format.map_or(DenseFormat::Published, |DenseFormatArg::Q8| DenseFormat::Q8);
+        let dense = self.dense_format.map_or(DenseFormat::Published, |DenseFormatArg::Q8| DenseFormat::Q8);
         let model = open_model(&self.model, dense)?;
         for (longest, capacity) in sizes {
             step::check_length(&model, *longest)?;

@@ -220,7 +220,10 @@ impl<'a> Operand<'a> {
 
     /// Rows `start .. start + count`; `start` is a multiple of [`PANEL`].
     pub(crate) fn slice(&self, start: usize, count: usize) -> Self {
-        Self { rows: self.rows.slice(start, count), packed: self.packed.map(|packed| packed.from_row(start)) }
+        Self {
+            rows: self.rows.slice(start, count),
+            packed: self.packed.map(|packed| packed.rows_from(start)),
+        }
     }
 }
 
@@ -236,12 +239,13 @@ pub(crate) fn product_serial(
         let packed = x.packed.and_then(|packed| packed.columns());
         return isa.run_dots(RowProduct { x: x.rows, packed, w, bias, out });
     }
-    let Some(packed) = x.packed.filter(|packed| quantised::is_quantised(&w) && packed.columns().is_none()) else {
+    let Some(packed) = x.packed.filter(|packed| quantised::is_quantised(&w) && packed.columns().is_none())
+    else {
         return isa.run(Product { x: x.rows, w, bias, out });
     };
     for t in (0..out.count()).step_by(PANEL) {
         let rows = PANEL.min(out.count() - t);
-        let x = packed.from_row(t).panel(rows).expect("whole numbers");
+        let x = packed.rows_from(t).panel(rows).expect("whole numbers");
         isa.run_dots(quantised::Product { w, x, bias, out: out.reborrow().slice(t, rows) });
     }
 }

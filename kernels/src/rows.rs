@@ -292,14 +292,17 @@ pub(crate) fn for_each_part_of_two<T: Send + Sync, U: Send + Sync>(
     });
 }
 
-/// `f(row of each)` for every row of three, in bands of `rows`, on all threads.
+/// What is done with the rows of three at one index.
+type RowsOfThree<'a, T, U, V> = dyn Fn(usize, &mut [T], &mut [U], &mut [V]) + Sync + 'a;
+
+/// `f(index, row of each)` for every row of three, in bands of `rows`, on all threads.
 ///
 /// # Panics
 /// If they have not the same number of rows.
 pub(crate) fn for_each_row_of_three<T: Send + Sync, U: Send + Sync, V: Send + Sync>(
     rows: usize,
     (a, b, c): (RowsMut<'_, T>, RowsMut<'_, U>, RowsMut<'_, V>),
-    f: &(dyn Fn(usize, &mut [T], &mut [U], &mut [V]) + Sync),
+    f: &RowsOfThree<'_, T, U, V>,
 ) {
     assert_eq!((a.count, a.count), (b.count, c.count), "rows of three");
     let widths = (a.width, b.width, c.width);

@@ -174,7 +174,7 @@ impl Team {
             if region == OVER {
                 return;
             }
-            if region % 2 == 0 || region == seen {
+            if region.is_multiple_of(2) || region == seen {
                 waited += 1;
                 if waited < SPINS {
                     std::hint::spin_loop()

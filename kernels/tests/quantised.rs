@@ -42,11 +42,11 @@ fn check(precision: Precision, format: Format, tokens: usize, rows: usize, cols:
     let mut want = Vec::new();
     let mut size = Vec::new();
     for t in 0..tokens {
-        for r in 0..rows {
+        for (r, bias) in bias.iter().enumerate() {
             let dot: f64 = (0..cols)
                 .map(|c| f64::from(x[t * cols + c]) * f64::from(reference::value(&w.matrix(), r, c)))
                 .sum();
-            want.push(dot + f64::from(bias[r]));
+            want.push(dot + f64::from(*bias));
             size.push(reach(precision, &x, &w, t, r) + want[want.len() - 1].abs() * 1e-6);
         }
     }

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use kernels::team;
 
-use super::{Bound, Pages, memory, peak_rate, peaks, read_rate, spin, turns};
+use super::{Bound, Pages, Reading, STREAMS, memory, peak_rate, peaks, read_rate, spin, turns};
 use crate::row::{NO_MODEL, Row, Setting, Share, Times, median};
 use crate::{Error, Sink};
 
@@ -43,7 +43,7 @@ pub fn measure(threads: usize, quick: bool, sink: &mut dyn Sink) -> Result<(), E
 }
 
 fn setting() -> Setting {
-    Setting { numerics: "reference", runner: "cpu", threads: team::threads(), model: NO_MODEL.into() }
+    Setting { numerics: "reference".into(), runner: "cpu", threads: team::threads(), model: NO_MODEL.into() }
 }
 
 fn reads(quick: bool, sink: &mut dyn Sink) -> Result<(), Error> {
@@ -52,13 +52,15 @@ fn reads(quick: bool, sink: &mut dyn Sink) -> Result<(), Error> {
     for (pages, name) in [(Pages::Small, "4k"), (Pages::Huge, "huge")] {
         let memory = memory(bytes, pages)?;
         let windows: Vec<&[u8]> = memory.chunks(bytes / 4).collect();
-        for prefetch in PREFETCHES {
+        let streams = PREFETCHES.map(Reading::Stream);
+        for reading in streams.into_iter().chain([Reading::SideBySide]) {
             let seconds: Vec<f64> = (0..runs)
-                .map(|run| windows[run % 4].len() as f64 / read_rate(windows[run % 4], prefetch))
+                .map(|run| windows[run % 4].len() as f64 / read_rate(windows[run % 4], reading))
                 .collect();
-            let name = match prefetch {
-                0 => format!("read/{name}-pages"),
-                _ => format!("read/{name}-pages/prefetch-{prefetch}"),
+            let name = match reading {
+                Reading::Stream(0) => format!("read/{name}-pages"),
+                Reading::Stream(prefetch) => format!("read/{name}-pages/prefetch-{prefetch}"),
+                Reading::SideBySide => format!("read/{name}-pages/{STREAMS}-side-by-side"),
             };
             found.push((name, windows[0].len() as u64, seconds));
         }

@@ -2,9 +2,9 @@
 
 use kernels::attention::{CacheSlice, Gqa, Mla, PAGE, Pages, Queries, gqa, mla};
 use kernels::experts::{Activation, Dispatch, DispatchLimits, ExpertFfn, GateUp, Routed, run_experts};
-use kernels::matmul::{Heads, matmul, matmul_heads, matmul_transposed, matmul_transposed_heads};
+use kernels::matmul::{Heads, matmul, matmul_heads, matmul_transposed, matmul_transposed_heads, matmul_with};
 use kernels::norm::rms_norm;
-use kernels::quantised::Precision;
+use kernels::quantised::Activations;
 use kernels::rope::{Rotation, rotate};
 use kernels::route::{Normalise, RouterRule, Score, route};
 use kernels::{Rows, RowsMut};
@@ -63,14 +63,21 @@ pub fn measure(options: &OpsOptions, sink: &mut dyn Sink) -> Result<(), Error> {
     for path in PATHS {
         let mut ops = Ops::new(options, path, sink)?;
         products(&mut ops)?;
-        heads(&mut ops)?;
+        let exact = path.numerics.precision().is_none();
+        if exact {
+            heads(&mut ops)?;
+        }
         let families: &[Family] = if options.quick { &QUICK_FAMILIES } else { &FAMILIES };
         for family in families {
             experts(&mut ops, family)?;
-            router(&mut ops, family)?;
-            small(&mut ops, family)?;
+            if exact {
+                router(&mut ops, family)?;
+                small(&mut ops, family)?;
+            }
         }
-        attention(&mut ops)?;
+        if exact {
+            attention(&mut ops)?;
+        }
         count += ops.count;
     }
     match &options.filter {
@@ -94,20 +101,26 @@ fn products(ops: &mut Ops<'_>) -> Result<(), Error> {
     let shapes: &[Shape] = if quick { &QUICK_SHAPES } else { &SHAPES };
     for &(shape, rows, cols) in shapes {
         for format in FORMATS {
+            let precision = ops.path.numerics.precision();
+            if precision.is_some() && !format.is_quantised() {
+                continue;
+            }
             let bytes = stored_bytes(&ops.stored.matrix(format, (rows, cols), 0));
             for &tokens in rows_of(ops) {
                 let work = work(bytes, 2 * tokens * rows * cols);
                 let name = format!("matmul/{shape}/{}/m{tokens}", format.as_str());
                 if ops.wants(&name) {
                     let (x, mut out) = (activations(tokens * cols), vec![0.0; tokens * rows]);
+                    let mut room = Activations::new(precision, tokens, cols);
                     ops.time(&name, work, |stored, isa, run| {
                         let w = stored.matrix(format, (rows, cols), run);
-                        matmul(isa, &x, &w, None, &mut out);
+                        let (x, out) = (Rows::new(&x, cols), RowsMut::new(&mut out, rows));
+                        matmul_with(isa, Some(&mut room), x, &w, None, out);
                     })?;
                 }
                 let name = format!("transposed/{shape}/{}/m{tokens}", format.as_str());
                 // Only experts are ever stored so.
-                if (quick || shape.contains("expert")) && ops.wants(&name) {
+                if precision.is_none() && (quick || shape.contains("expert")) && ops.wants(&name) {
                     let (x, mut out) = (activations(tokens * rows), vec![0.0; tokens * cols]);
                     ops.time(&name, work, |stored, isa, run| {
                         let w = stored.matrix(format, (rows, cols), run);
@@ -223,7 +236,8 @@ fn run_case(
     (row, active): (String, usize),
     ids: &(dyn Fn(usize) -> Vec<u32> + Sync),
 ) -> Result<(), Error> {
-    if !ops.wants(&row) {
+    let precision = ops.path.numerics.precision();
+    if !ops.wants(&row) || (precision.is_some() && !format.is_quantised()) {
         return Ok(());
     }
     let Family { hidden, inter, experts, top_k, .. } = *family;
@@ -231,14 +245,7 @@ fn run_case(
     let tokens = pairs / top_k;
     let (x, mut out) = (activations(tokens * hidden), vec![0.0; tokens * hidden]);
     let gates = vec![1.0 / top_k as f32; pairs];
-    let mut dispatch = Dispatch::new(DispatchLimits {
-        tokens,
-        top_k,
-        experts,
-        hidden,
-        inter,
-        precision: Some(Precision::Int16),
-    });
+    let mut dispatch = Dispatch::new(DispatchLimits { tokens, top_k, experts, hidden, inter, precision });
     let bytes = 3 * stored_bytes(&ops.stored.matrix(format, (inter, hidden), 0));
     ops.time(&row, work(active * bytes, 6 * pairs * hidden * inter), |stored, isa, run| {
         let ids = ids(run);

@@ -5,8 +5,8 @@ use kernels::{Matrix, Values};
 use rayon::prelude::*;
 
 /// The formats of weights.
-pub const FORMATS: [Format; 6] =
-    [Format::F32, Format::F16, Format::Bf16, Format::Fp8, Format::Int4, Format::Mxfp4];
+pub const FORMATS: [Format; 7] =
+    [Format::F32, Format::F16, Format::Bf16, Format::Fp8, Format::Int4, Format::Mxfp4, Format::Q8];
 
 /// How a weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,9 +17,15 @@ pub enum Format {
     Fp8,
     Int4,
     Mxfp4,
+    Q8,
 }
 
 impl Format {
+    /// Whether it can be multiplied in integers.
+    pub fn is_quantised(self) -> bool {
+        matches!(self, Self::Int4 | Self::Mxfp4 | Self::Q8)
+    }
+
     /// For names of rows.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -29,6 +35,7 @@ impl Format {
             Self::Fp8 => "fp8",
             Self::Int4 => "int4",
             Self::Mxfp4 => "mxfp4",
+            Self::Q8 => "q8",
         }
     }
 }
@@ -73,6 +80,9 @@ impl Stored {
                 packed: self.part(count / 2, copy),
                 scales: self.part(2 * count / GROUP, copy + 7),
             },
+            Format::Q8 => {
+                Values::Q8 { codes: self.part(count, copy), scales: self.part(2 * count / GROUP, copy + 7) }
+            }
             Format::Mxfp4 => {
                 Values::Mxfp4 { blocks: self.part(count / 2, copy), scales: &self.exponents[..count / GROUP] }
             }

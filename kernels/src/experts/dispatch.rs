@@ -247,7 +247,7 @@ fn run_some<'w>(
         &|part| {
             let (first, count) = (part.first_row, part.rows.count());
             let x = Input { x, picks: Some(&tokens[first..][..count]) };
-            let packed = packed.map(|packed| packed.from_row(if picks.len() == 1 { 0 } else { first }));
+            let packed = packed.map(|packed| packed.rows_from(if picks.len() == 1 { 0 } else { first }));
             let x = Operand::new(x, packed);
             GateUpProduct { x, ffn: ffn(part.band), first: part.first_column, out: part.rows }.run(isa);
         },
@@ -276,7 +276,7 @@ fn run_some<'w>(
         ),
         &|part| {
             let rows = Input::all(inner.slice(part.first_row, part.rows.count()));
-            let x = Operand::new(rows, packed.map(|packed| packed.from_row(part.first_row)));
+            let x = Operand::new(rows, packed.map(|packed| packed.rows_from(part.first_row)));
             down_part(isa, x, &ffn(part.band), part.first_column, part.rows);
         },
         &|part| {

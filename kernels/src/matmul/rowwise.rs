@@ -20,7 +20,7 @@ pub(crate) const FEW: usize = 4;
 /// Vectors of a panel of rows of x.
 const VECTORS: usize = PANEL / ROWS;
 /// Groups taken at a time: of 64 rows of x they are 16 KiB, which stay in the first cache.
-const CHUNK: usize = 2;
+const CHUNK: usize = 4;
 /// Groups that a weight row read from end to end is asked for ahead.
 const AHEAD: usize = 6;
 /// Weight rows multiplied together at most, and for which columns of x are transposed once; their sums, 48 KiB, are
@@ -47,7 +47,8 @@ impl DotWork for RowProduct<'_> {
         let Matrix { first_row, rows, cols, .. } = self.w;
         let stride = 2 * cols;
         assert!(bytes.len() >= (first_row + rows) * stride, "{rows} rows of bf16");
-        let rows = Bf16Rows { bytes: &bytes[first_row * stride..], rows, stride, groups: cols.div_ceil(GROUP) };
+        let rows =
+            Bf16Rows { bytes: &bytes[first_row * stride..], rows, stride, groups: cols.div_ceil(GROUP) };
         if self.x.count() <= FEW {
             d.call(FewRows { product: self, rows });
         } else {
@@ -165,7 +166,13 @@ impl<D: Dots> InnerWork<D> for ManyRows<'_> {
                         None => {
                             let columns_of = count * GROUP;
                             let out = &mut gathered[..columns_of * vectors];
-                            columns(d, product.x.slice(first, tokens), (group, 0, columns_of), columns_of, out);
+                            columns(
+                                d,
+                                product.x.slice(first, tokens),
+                                (group, 0, columns_of),
+                                columns_of,
+                                out,
+                            );
                             Pairs { lanes: out, columns: columns_of, first: 0 }
                         }
                     };
@@ -184,7 +191,9 @@ impl<D: Dots> InnerWork<D> for ManyRows<'_> {
                         for (block, acc) in block.iter_mut().zip(acc) {
                             *block = d.store(acc[v]);
                         }
-                        for (t, sums) in d.transpose_f32(&block).into_iter().enumerate().take(tokens - v * ROWS) {
+                        for (t, sums) in
+                            d.transpose_f32(&block).into_iter().enumerate().take(tokens - v * ROWS)
+                        {
                             product.store(d, first + v * ROWS + t, top + b * ROWS, acc.len(), sums);
                         }
                     }
@@ -409,7 +418,7 @@ impl RowProduct<'_> {
         }
         let out = &mut self.out.row(t)[row..][..count];
         let sums = d.store(sums);
-        match out.as_mut_array::<ROWS>() {
+        match out.first_chunk_mut::<ROWS>() {
             Some(out) => *out = sums,
             None => out.copy_from_slice(&sums[..count]),
         }

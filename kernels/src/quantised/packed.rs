@@ -2,8 +2,8 @@
 
 use super::codes::{Code, Int4, Mxfp4, Q8, order};
 use crate::format::{GROUP, Matrix, Values};
-use crate::matmul::rowwise::{FEW, columns_len, pack_columns};
 use crate::matmul::Input;
+use crate::matmul::rowwise::{FEW, columns_len, pack_columns};
 use crate::rows::{Bands, Cut, RowsMut, for_each_part};
 use crate::simd::{Isa, LANES, Lanes, Work};
 
@@ -133,7 +133,7 @@ pub(crate) struct PackedRows<'a> {
 
 impl<'a> PackedRows<'a> {
     /// The rows from `start` on, with which a panel must begin.
-    pub(crate) fn from_row(&self, start: usize) -> Self {
+    pub(crate) fn rows_from(&self, start: usize) -> Self {
         Self { data: &self.data[start * self.row..], ..*self }
     }
 
@@ -197,7 +197,7 @@ impl Work for Pack<'_> {
             for (x, out) in x.row(t).as_chunks::<LANES>().0.iter().zip(outs) {
                 let (q, scale) = quantise(l, x, precision.limit());
                 let (values, rest) = out[..group].split_at_mut(precision.values());
-                let sum = q.iter().fold(0, |sum: i32, q| sum + q);
+                let sum: i32 = q.iter().sum();
                 match (nibbles, precision) {
                     (true, Precision::Int16) => words(&q, const { &order(true, true) }, values),
                     (true, Precision::Int8) => bytes(&q, const { &order(true, false) }, values),

@@ -320,7 +320,7 @@ impl<C: Code, W: Width> Typed<'_, C, W> {
         }
         let out = &mut out.row(t)[row..][..count];
         let sums = d.store(sums);
-        match out.as_mut_array::<ROWS>() {
+        match out.first_chunk_mut::<ROWS>() {
             Some(out) => *out = sums,
             None => out.copy_from_slice(&sums[..count]),
         }

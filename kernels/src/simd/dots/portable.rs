@@ -80,7 +80,7 @@ impl Dots for Portable {
     }
     #[inline(always)]
     fn shr_words<const N: u32>(self, a: I) -> I {
-        map(a, |a| (a >> N) & (0xFFFF_u32 >> N) * 0x1_0001)
+        map(a, |a| (a >> N) & ((0xFFFF_u32 >> N) * 0x1_0001))
     }
     #[inline(always)]
     fn shr<const N: u32>(self, a: I) -> I {
