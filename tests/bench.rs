@@ -114,12 +114,16 @@ fn kernels_cover_every_operation_and_format() {
     for operation in operations {
         assert!(names.iter().any(|name| name.starts_with(operation)), "{operation} in {names:?}");
     }
-    for format in ["f32", "f16", "bf16", "fp8", "int4", "mxfp4"] {
+    for format in ["f32", "f16", "bf16", "fp8", "int4", "mxfp4", "q8"] {
         assert!(names.contains(&format!("matmul/tiny/{format}/m3").as_str()), "{format} in {names:?}");
     }
     assert!(all.iter().all(|row| row["runs"] == 2));
     let some = rows(&["kernels", "matmul/tiny/int4", "--runs", "1"]);
-    assert_eq!(some.len(), 2);
+    // Two numbers of rows, in f32, in 16 and in 8 bits.
+    assert_eq!(some.len(), 6);
+    let numerics: Vec<&str> = some.iter().map(|row| row["numerics"].as_str().unwrap()).collect();
+    assert_eq!(numerics[0], "reference");
+    assert_eq!((numerics[2], numerics[4]), ("model", "model+int8-activations"));
     assert_eq!(some[0]["bytes"], 160 * 96 / 2 + 160 * 96 / 32 * 2);
     assert_eq!(some[1]["operations"], 2 * 3 * 160 * 96);
     fails(&["kernels", "no-such-row", "--quick"], 1, "no-such-row");
