@@ -121,6 +121,23 @@ fn both_runners_give_the_same_greedy_text() {
 }
 
 #[test]
+fn coarser_options_are_named_at_start_and_in_the_result() {
+    let args = ["run", "demo", "ROMEO:", "--max-tokens", "4", "--json", "--temperature", "0"];
+    for (option, value, said, named) in [
+        ("--activations", "int8", "--activations int8:", "model+int8-activations"),
+        ("--dense-format", "q8", "--dense-format q8:", "model+q8-dense"),
+    ] {
+        let output = run(&[&args[..], &[option, value]].concat());
+        assert!(output.status.success() && stderr(&output).contains(said), "{}", stderr(&output));
+        let result: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        assert_eq!(result["numerics"], named);
+        fails(&[&args[..], &[option, value, "--numerics", "reference"]].concat(), 2, "coarser");
+        fails(&[&args[..], &[option, value, "--runner", "reference"]].concat(), 2, "coarser");
+    }
+    assert_eq!(json(&args)["numerics"], "model");
+}
+
+#[test]
 fn a_stop_string_ends_the_text_before_it() {
     let all = greedy("ROMEO:", &["--max-tokens", "60"]);
     let text = all["text"].as_str().unwrap();

@@ -110,6 +110,19 @@ impl From<RunnerArg> for RunnerKind {
 }
 
 impl ComputeArgs {
+    /// Once per command: what was asked for that is coarser than the model was published for.
+    fn say_what_is_coarser(&self) {
+        static SAID: std::sync::Once = std::sync::Once::new();
+        SAID.call_once(|| {
+            if self.activations.is_some() {
+                eprintln!("--activations int8: activations of 8 bits where weights have 4 or 8");
+            }
+            if self.dense_format.is_some() {
+                eprintln!("--dense-format q8: 8-bit copies of float weights");
+            }
+        });
+    }
+
     fn options(&self) -> SessionOptions {
         let numerics = self.numerics.map(|numerics| match numerics {
             NumericsArg::Reference => Numerics::Reference,
@@ -126,6 +139,7 @@ impl ComputeArgs {
             Some(ActivationsArg::Int8) => Some(Numerics::Int8Activations),
             None => numerics,
         };
+        self.say_what_is_coarser();
         let options = SessionOptions {
             dense: self.dense_format.map_or(DenseFormat::Published, |DenseFormatArg::Q8| DenseFormat::Q8),
             threads: self.threads.map(usize::from),

@@ -11,7 +11,7 @@
 //!
 //! # Layout
 //!
-//! Weights stay as published. Sixteen rows at a time are transposed in registers ([`crate::simd::dots`]),
+//! Weights stay as published. Sixteen rows at a time are transposed in registers (`simd::dots`),
 //! a line of 64 bytes from each, so that a lane is a row and a group's scale costs one operation for
 //! sixteen outputs. For few rows of x each code is used from the register; for more, two blocks of sixteen
 //! rows are expanded into a scratch of 8 KiB that stays in the first cache, and all rows of x are multiplied

@@ -1,7 +1,7 @@
 //! Rows of f32 inside a larger buffer, as every operation takes and gives them.
 //!
 //! [`RowsMut`] can be cut by columns as well as by rows, so threads that compute different output
-//! columns of the same rows each own their part; [`for_each_part`] hands such parts out to the threads.
+//! columns of the same rows each own their part; `for_each_part` hands such parts out to the threads.
 
 use std::marker::PhantomData;
 
@@ -277,7 +277,7 @@ pub(crate) fn for_each_part<T: Send + Sync>(cut: Cut<'_, '_, T>, f: &(dyn Fn(Par
     team::run(cut.parts(), &|index| f(unsafe { cut.part(index) }));
 }
 
-/// [`for_each_part`] of two, the parts of the first before those of the second, in one region.
+/// `for_each_part` of two, the parts of the first before those of the second, in one region.
 pub(crate) fn for_each_part_of_two<T: Send + Sync, U: Send + Sync>(
     (first, second): (Cut<'_, '_, T>, Cut<'_, '_, U>),
     f: &(dyn Fn(Part<'_, T>) + Sync),
