@@ -25,7 +25,7 @@ mod product;
 pub use copy::to_q8;
 pub use packed::{Activations, Precision};
 pub(crate) use packed::{PANEL, PackedRows};
-pub(crate) use product::{Product, padded};
+pub(crate) use product::Product;
 
 use crate::format::{Matrix, Values};
 

@@ -29,7 +29,7 @@ impl DispatchLimits {
     /// activated rows, 12 P for the lists, 12 per expert and 4; and packed activations.
     pub fn bytes(&self) -> usize {
         let pairs = self.tokens * self.top_k;
-        let packed = self.precision.map(|p| Activations::bytes(Some(p), pairs, self.hidden.max(self.inter)));
+        let packed = self.precision.map(|p| Activations::whole_bytes(p, pairs, self.hidden.max(self.inter)));
         4 * pairs * (self.hidden + self.inter) + 12 * pairs + 12 * self.experts + 4 + packed.unwrap_or(0)
     }
 }
@@ -72,7 +72,7 @@ impl Dispatch {
             outer: vec![0.0; pairs * limits.hidden],
             activations: limits
                 .precision
-                .map(|p| Activations::new(Some(p), pairs, limits.hidden.max(limits.inter))),
+                .map(|p| Activations::whole(p, pairs, limits.hidden.max(limits.inter))),
         }
     }
 

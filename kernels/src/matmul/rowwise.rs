@@ -10,10 +10,10 @@ use std::hint::black_box;
 
 use super::tile::Input;
 use crate::format::{GROUP, Matrix, Values};
-use crate::quantised::{PANEL, padded};
+use crate::quantised::PANEL;
 use crate::rows::{Bands, Cut, RowsMut, for_each_part};
 use crate::simd::Isa;
-use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS};
+use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS, block};
 
 /// Rows of x up to which a lane is a weight row.
 pub(crate) const FEW: usize = 4;
@@ -71,17 +71,10 @@ impl Bf16Rows<'_> {
     /// The columns of one group of sixteen rows, pairs side by side; zeros for what is not there.
     #[inline(always)]
     fn line<D: Dots>(&self, d: D, row: usize, group: usize) -> [D::I; 16] {
-        let (here, at) = (ROWS.min(self.rows - row), group * LINE);
-        let block = &self.bytes[row * self.stride..];
-        if here == ROWS && at + LINE <= self.stride {
-            d.transpose(block, self.stride, at)
-        } else {
-            d.transpose(&padded(block, here, self.stride, at), LINE, 0)
-        }
+        let bytes = &self.bytes[row * self.stride..];
+        block::lines(d, bytes, ROWS.min(self.rows - row), self.stride, group * LINE)
     }
-}
 
-impl Bf16Rows<'_> {
     /// Asks for one group of the first sixteen rows.
     #[inline(always)]
     fn ask<D: Dots>(&self, d: D, group: usize) {
@@ -124,7 +117,7 @@ impl<D: Dots> InnerWork<D> for FewRows<'_> {
                 }
             }
             for (t, sum) in sums.iter().enumerate().take(product.x.count()) {
-                product.store(d, t, row, ROWS, *sum);
+                block::store(d, &mut product.out, product.bias, (t, row), *sum);
             }
         }
     }
@@ -187,14 +180,15 @@ impl<D: Dots> InnerWork<D> for ManyRows<'_> {
                 }
                 for (b, acc) in acc[..here].chunks(ROWS).enumerate() {
                     for v in 0..vectors {
-                        let mut block = [[0.0; ROWS]; ROWS];
-                        for (block, acc) in block.iter_mut().zip(acc) {
-                            *block = d.store(acc[v]);
+                        let mut sums = [[0.0; ROWS]; ROWS];
+                        for (sums, acc) in sums.iter_mut().zip(acc) {
+                            *sums = d.store(acc[v]);
                         }
                         for (t, sums) in
-                            d.transpose_f32(&block).into_iter().enumerate().take(tokens - v * ROWS)
+                            d.transpose_f32(&sums).into_iter().enumerate().take(tokens - v * ROWS)
                         {
-                            product.store(d, first + v * ROWS + t, top + b * ROWS, acc.len(), sums);
+                            let at = (first + v * ROWS + t, top + b * ROWS);
+                            block::store(d, &mut product.out, product.bias, at, sums);
                         }
                     }
                 }
@@ -344,7 +338,7 @@ impl<D: Dots> InnerWork<D> for ByTokens<'_, D> {
                 ($($n:literal)*) => {
                     match rows {
                         $($n => {
-                            let (w, acc) = (w.first_chunk().expect("a tile"), part(acc));
+                            let (w, acc) = (w.first_chunk().expect("a tile"), block::first(acc));
                             if vectors - first > 1 {
                                 let x = &x.of(first)[..groups * GROUP];
                                 d.call(TokenTile::<D, $n, 2> { w, x, first, acc });
@@ -360,12 +354,6 @@ impl<D: Dots> InnerWork<D> for ByTokens<'_, D> {
             tile!(1 2 3 4 5 6 7 8 9 10 11 12);
         }
     }
-}
-
-/// `T` of the accumulators. (A length known to the compiler saves it checks.)
-#[inline(always)]
-fn part<V, const T: usize>(acc: &mut [V]) -> &mut [V; T] {
-    acc.first_chunk_mut().expect("the caller counted")
 }
 
 /// [`ByTokens`] of `R` weight rows and `V` vectors of rows of x, in registers.
@@ -399,31 +387,11 @@ impl<D: Dots, const R: usize, const V: usize> InnerWork<D> for TokenTile<'_, D, 
                 }
             }
             for (sums, acc) in sums.iter().zip(acc) {
-                let acc: &mut [D::F; V] = part(&mut acc[first..]);
+                let acc: &mut [D::F; V] = block::first(&mut acc[first..]);
                 for (sum, acc) in sums.iter().zip(acc) {
                     *acc = d.add(*acc, *sum);
                 }
             }
-        }
-    }
-}
-
-impl RowProduct<'_> {
-    /// Up to sixteen outputs of row `t`, from column `row` on, as far as they exist.
-    #[inline(always)]
-    fn store<D: Dots>(&mut self, d: D, t: usize, row: usize, count: usize, sums: D::F) {
-        let count = count.min(self.w.rows.saturating_sub(row));
-        if count == 0 {
-            return;
-        }
-        let out = &mut self.out.row(t)[row..][..count];
-        let sums = d.store(sums);
-        match out.first_chunk_mut::<ROWS>() {
-            Some(out) => *out = sums,
-            None => out.copy_from_slice(&sums[..count]),
-        }
-        if let Some(bias) = self.bias {
-            out.iter_mut().zip(&bias[row..]).for_each(|(o, b)| *o += b);
         }
     }
 }

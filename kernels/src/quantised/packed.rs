@@ -70,8 +70,12 @@ impl Packing {
 
 /// Dwords that `rows` packed rows of `columns` take at most.
 fn packed_len(precision: Option<Precision>, rows: usize, columns: usize) -> usize {
-    let whole = precision.map_or(0, |precision| rows * columns.div_ceil(GROUP) * precision.group());
+    let whole = precision.map_or(0, |precision| whole_len(precision, rows, columns));
     whole.max(columns_len(rows, columns))
+}
+
+fn whole_len(precision: Precision, rows: usize, columns: usize) -> usize {
+    rows * columns.div_ceil(GROUP) * precision.group()
 }
 
 /// Room for the packed rows of one product, allocated once.
@@ -86,6 +90,16 @@ impl Activations {
     /// multiplied in f32 like all others.
     pub fn new(precision: Option<Precision>, rows: usize, columns: usize) -> Self {
         Self { precision, data: vec![0; packed_len(precision, rows, columns)] }
+    }
+
+    /// Room for whole numbers alone, as routed experts need it; see [`Activations::whole_bytes`].
+    pub fn whole(precision: Precision, rows: usize, columns: usize) -> Self {
+        Self { precision: Some(precision), data: vec![0; whole_len(precision, rows, columns)] }
+    }
+
+    /// Bytes that [`Activations::whole`] allocates: 72 (or 40) for 32 values.
+    pub fn whole_bytes(precision: Precision, rows: usize, columns: usize) -> usize {
+        4 * whole_len(precision, rows, columns)
     }
 
     /// Bytes that [`Activations::new`] allocates: 4 for every value, rows rounded up to sixteen.

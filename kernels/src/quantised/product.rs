@@ -6,7 +6,7 @@ use super::codes::{self, Code, Int4, MAX_SCALES, Mxfp4, Q8, SCALES, group_bytes}
 use super::packed::{PANEL, Panel, Precision};
 use crate::format::{GROUP, Matrix, Values};
 use crate::rows::RowsMut;
-use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS};
+use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS, block};
 
 /// Row blocks multiplied together.
 const BLOCKS: usize = 2;
@@ -147,26 +147,6 @@ impl<'a, C: Code, W: Width> Typed<'a, C, W> {
     }
 }
 
-/// Dwords of 64 bytes of every row of a block, from `at` on, of rows of `stride` bytes.
-#[inline(always)]
-fn lines<D: Dots>(d: D, bytes: &[u8], rows: usize, stride: usize, at: usize) -> [D::I; 16] {
-    if rows == ROWS && at + LINE <= stride {
-        return d.transpose(bytes, stride, at);
-    }
-    d.transpose(&padded(bytes, rows, stride, at), LINE, 0)
-}
-
-/// What there is of 64 bytes of sixteen rows, and zeros.
-#[inline(never)]
-pub(crate) fn padded(bytes: &[u8], rows: usize, stride: usize, at: usize) -> [u8; ROWS * LINE] {
-    let mut out = [0; ROWS * LINE];
-    let len = LINE.min(stride - at);
-    for (r, out) in out.chunks_exact_mut(LINE).enumerate().take(rows) {
-        out[..len].copy_from_slice(&bytes[r * stride + at..][..len]);
-    }
-    out
-}
-
 impl<C: Code, W: Width> DotWork for Typed<'_, C, W> {
     type Output = ();
 
@@ -246,7 +226,7 @@ impl<D: Dots, C: Code, W: Width, const T: usize> InnerWork<D> for FewRows<'_, C,
                 }
             }
             for (t, acc) in acc.iter().enumerate() {
-                typed.store(d, t, row, *acc);
+                block::store(d, &mut typed.product.out, typed.product.bias, (t, row), *acc);
             }
         }
     }
@@ -303,7 +283,7 @@ impl<D: Dots, C: Code, W: Width> InnerWork<D> for ManyRows<'_, C, W> {
             }
             for (t, acc) in acc.iter().enumerate().take(tokens) {
                 for (b, acc) in acc.iter().enumerate() {
-                    typed.store(d, t, row + b * ROWS, *acc);
+                    block::store(d, &mut typed.product.out, typed.product.bias, (t, row + b * ROWS), *acc);
                 }
             }
         }
@@ -311,29 +291,10 @@ impl<D: Dots, C: Code, W: Width> InnerWork<D> for ManyRows<'_, C, W> {
 }
 
 impl<C: Code, W: Width> Typed<'_, C, W> {
-    /// Sixteen outputs of row `t`, from column `row` on, as far as they exist.
-    #[inline(always)]
-    fn store<D: Dots>(&mut self, d: D, t: usize, row: usize, sums: D::F) {
-        let Product { bias, out, w, .. } = &mut self.product;
-        let count = ROWS.min(w.rows.saturating_sub(row));
-        if count == 0 {
-            return;
-        }
-        let out = &mut out.row(t)[row..][..count];
-        let sums = d.store(sums);
-        match out.first_chunk_mut::<ROWS>() {
-            Some(out) => *out = sums,
-            None => out.copy_from_slice(&sums[..count]),
-        }
-        if let Some(bias) = bias {
-            out.iter_mut().zip(&bias[row..]).for_each(|(o, b)| *o += b);
-        }
-    }
-
     /// 64 bytes of the codes of a block, from byte `at` of its rows on.
     #[inline(always)]
     fn line<D: Dots>(&self, d: D, block: Block<'_>, at: usize) -> [D::I; 16] {
-        lines(d, block.codes, block.rows, self.groups * group_bytes::<C>(), at)
+        block::lines(d, block.codes, block.rows, self.groups * group_bytes::<C>(), at)
     }
 
     /// The scales of a block from group `first` on: those of one dword of every row together.
@@ -344,7 +305,7 @@ impl<C: Code, W: Width> Typed<'_, C, W> {
         for r in 0..ROWS {
             d.prefetch(block.scales, BLOCKS * ROWS * stride + at * ROWS + r * LINE);
         }
-        let dwords = lines(d, block.scales, block.rows, stride, at);
+        let dwords = block::lines(d, block.scales, block.rows, stride, at);
         for (out, dword) in out.iter_mut().zip(dwords) {
             *out = C::scales(d, dword);
         }
@@ -392,7 +353,7 @@ impl<W: Width, D: Dots, const WIDE: bool> InnerWork<D> for Multiply<'_, W, D, WI
             macro_rules! tile {
                 ($($n:literal)*) => {
                     match end - first {
-                        $($n => d.call(Tile::<W, D, $n, WIDE> { w, scales, x: &x[first..], tokens, acc: part(acc) }),)*
+                        $($n => d.call(Tile::<W, D, $n, WIDE> { w, scales, x: &x[first..], tokens, acc: block::first(acc) }),)*
                         _ => unreachable!("more rows than a tile holds"),
                     }
                 };
@@ -400,12 +361,6 @@ impl<W: Width, D: Dots, const WIDE: bool> InnerWork<D> for Multiply<'_, W, D, WI
             tile!(1 2 3 4 5 6 7 8 9 10 11 12);
         }
     }
-}
-
-/// `T` of the accumulators. (A length known to the compiler saves it checks.)
-#[inline(always)]
-fn part<V, const T: usize>(acc: &mut [V]) -> &mut [V; T] {
-    acc.first_chunk_mut().expect("the caller counted")
 }
 
 /// [`Multiply`] of `T` rows of x, in registers.

@@ -4,6 +4,7 @@
 //! exact in 32-bit integers, whatever the order; groups are then added in f32, ascending, with one rounding
 //! each. So every instruction set gives the same bits with whatever instructions it has.
 
+pub(crate) mod block;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]

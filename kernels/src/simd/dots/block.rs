@@ -1,0 +1,54 @@
+//! Blocks of sixteen weight rows on their way in, and sixteen outputs on their way out.
+
+use super::{Dots, LINE, ROWS};
+use crate::rows::RowsMut;
+
+/// Dwords of 64 bytes of `rows` rows, at most sixteen, from byte `at` on; each row has `stride` bytes. Zeros for what is
+/// not there.
+#[inline(always)]
+pub(crate) fn lines<D: Dots>(d: D, bytes: &[u8], rows: usize, stride: usize, at: usize) -> [D::I; 16] {
+    if rows == ROWS && at + LINE <= stride {
+        return d.transpose(bytes, stride, at);
+    }
+    d.transpose(&padded(bytes, rows, stride, at), LINE, 0)
+}
+
+#[inline(never)]
+fn padded(bytes: &[u8], rows: usize, stride: usize, at: usize) -> [u8; ROWS * LINE] {
+    let mut out = [0; ROWS * LINE];
+    let len = LINE.min(stride - at);
+    for (r, out) in out.chunks_exact_mut(LINE).enumerate().take(rows) {
+        out[..len].copy_from_slice(&bytes[r * stride + at..][..len]);
+    }
+    out
+}
+
+/// Writes sums to row `t` of `out` from column `column` on, as far as there are columns, plus their biases.
+#[inline(always)]
+pub(crate) fn store<D: Dots>(
+    d: D,
+    out: &mut RowsMut<'_>,
+    bias: Option<&[f32]>,
+    (t, column): (usize, usize),
+    sums: D::F,
+) {
+    let count = ROWS.min(out.width().saturating_sub(column));
+    if count == 0 {
+        return;
+    }
+    let out = &mut out.row(t)[column..][..count];
+    let sums = d.store(sums);
+    match out.first_chunk_mut::<ROWS>() {
+        Some(out) => *out = sums,
+        None => out.copy_from_slice(&sums[..count]),
+    }
+    if let Some(bias) = bias {
+        out.iter_mut().zip(&bias[column..]).for_each(|(o, b)| *o += b);
+    }
+}
+
+/// The first `N`. (A length known to the compiler saves it checks and keeps sums in registers.)
+#[inline(always)]
+pub(crate) fn first<V, const N: usize>(values: &mut [V]) -> &mut [V; N] {
+    values.first_chunk_mut().expect("the caller counted")
+}
