@@ -5,6 +5,7 @@ use crate::format::{GROUP, Matrix, Values};
 use crate::matmul::Input;
 use crate::matmul::rowwise::{FEW, columns_len, pack_columns};
 use crate::rows::{Bands, Cut, RowsMut, for_each_part};
+use crate::simd::dots::block;
 use crate::simd::{Isa, LANES, Lanes, Work};
 
 /// Rows of x that are multiplied with weights expanded once.
@@ -209,9 +210,8 @@ impl Work for Pack<'_> {
         for t in 0..rows {
             let outs = out[t * group..].chunks_mut(rows * group);
             for (x, out) in x.row(t).as_chunks::<LANES>().0.iter().zip(outs) {
-                let (q, scale) = quantise(l, x, precision.limit());
+                let (q, sum, scale) = quantise(l, x, precision.limit());
                 let (values, rest) = out[..group].split_at_mut(precision.values());
-                let sum: i32 = q.iter().sum();
                 match (nibbles, precision) {
                     (true, Precision::Int16) => words(&q, const { &order(true, true) }, values),
                     (true, Precision::Int8) => bytes(&q, const { &order(true, false) }, values),
@@ -225,9 +225,9 @@ impl Work for Pack<'_> {
     }
 }
 
-/// Whole numbers up to `limit`, and what one of them is worth: NaN if any value is not finite.
+/// Whole numbers up to `limit`, their sum, and what one of them is worth: NaN if any value is not finite.
 #[inline(always)]
-fn quantise<L: Lanes>(l: L, x: &[f32; LANES], limit: f32) -> ([i32; LANES], f32) {
+fn quantise<L: Lanes>(l: L, x: &[f32; LANES], limit: f32) -> ([i32; LANES], i32, f32) {
     /// Adding it leaves the nearest whole number in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;
     /// Groups of nothing greater are zero: the inverse of their scale is no number.
@@ -236,26 +236,37 @@ fn quantise<L: Lanes>(l: L, x: &[f32; LANES], limit: f32) -> ([i32; LANES], f32)
     let peak = l.peak(l.max(v, l.mul(v, l.splat(-1.0))));
     let finite = l.sum(l.mul(v, l.splat(0.0)));
     if peak <= LEAST {
-        return ([0; LANES], 0.0 + finite);
+        return ([0; LANES], 0, 0.0 + finite);
     }
+    let whole = l.fma(v, l.splat(limit / peak), l.splat(ROUND));
+    let whole = l.max(l.splat(ROUND - limit), l.min(l.splat(ROUND + limit), whole));
+    // Below 2^24: exact in any order.
+    let sum = l.sum(l.add(whole, l.splat(-ROUND))) as i32;
     let mut rounded = [0.0; LANES];
-    l.store(l.fma(v, l.splat(limit / peak), l.splat(ROUND)), &mut rounded);
-    let limit = limit as i32;
-    let q = rounded.map(|q| (q.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).clamp(-limit, limit));
-    (q, peak / limit as f32 + finite)
+    l.store(whole, &mut rounded);
+    let mut q = [0; LANES];
+    // Not `map`, which may end up as a call for every value.
+    for (q, rounded) in q.iter_mut().zip(rounded) {
+        *q = (rounded.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    }
+    (q, sum, peak / limit + finite)
 }
 
 #[inline(always)]
 fn words(q: &[i32; GROUP], order: &[u8; GROUP], out: &mut [u32]) {
+    // The length is known to the compiler, which then moves several values at once.
+    let out: &mut [u32; Precision::Int16.values()] = block::first(out);
     for (out, pair) in out.iter_mut().zip(order.as_chunks::<2>().0) {
-        let [a, b] = pair.map(|column| q[usize::from(column)] as u32);
+        let [a, b] = [q[usize::from(pair[0])] as u32, q[usize::from(pair[1])] as u32];
         *out = a & 0xFFFF | b << 16;
     }
 }
 
 #[inline(always)]
 fn bytes(q: &[i32; GROUP], order: &[u8; GROUP], out: &mut [u32]) {
+    let out: &mut [u32; Precision::Int8.values()] = block::first(out);
     for (out, four) in out.iter_mut().zip(order.as_chunks::<4>().0) {
-        *out = u32::from_le_bytes(four.map(|column| q[usize::from(column)] as u8));
+        let at = |i: usize| q[usize::from(four[i])] as u32 & 0xFF;
+        *out = at(0) | at(1) << 8 | at(2) << 16 | at(3) << 24;
     }
 }

@@ -12,6 +12,10 @@ use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS, block};
 const BLOCKS: usize = 2;
 /// Lines that the first rows of a product are asked for ahead.
 const AHEAD: usize = 6;
+/// Lines that the others are brought from the second cache ahead.
+const NEAR: usize = 2;
+/// Parts of the rows to come that are asked for side by side: one stream does not reach the bandwidth of a core.
+const PARTS: usize = 4;
 
 /// `out[t, r] = dot(x[t], w[r]) (+ bias[r])`, all of it on this thread.
 pub(crate) struct Product<'a> {
@@ -44,6 +48,8 @@ trait Width: Copy {
     type Group: AsRef<[u32]> + Copy;
     /// Dwords of values.
     const VALUES: usize;
+    /// A group that adds nothing.
+    const NOTHING: Self::Group;
     /// Registers that a dword register of codes becomes.
     fn count<C: Code>() -> usize;
     /// They; only the first [`Width::count`] count.
@@ -58,6 +64,7 @@ struct Words;
 impl Width for Words {
     type Group = [u32; Precision::Int16.group()];
     const VALUES: usize = Precision::Int16.values();
+    const NOTHING: Self::Group = [0; Precision::Int16.group()];
     #[inline(always)]
     fn count<C: Code>() -> usize {
         C::WORDS
@@ -82,6 +89,7 @@ struct Bytes;
 impl Width for Bytes {
     type Group = [u32; Precision::Int8.group()];
     const VALUES: usize = Precision::Int8.values();
+    const NOTHING: Self::Group = [0; Precision::Int8.group()];
     #[inline(always)]
     fn count<C: Code>() -> usize {
         C::BYTES
@@ -156,8 +164,8 @@ impl<C: Code, W: Width> DotWork for Typed<'_, C, W> {
             1 => d.call(FewRows::<C, W, 1>(self)),
             2 => d.call(FewRows::<C, W, 2>(self)),
             // Of words, twice as many as bytes, three rows are quicker with the scratch.
-            3 if W::VALUES == Bytes::VALUES => d.call(FewRows::<C, W, 3>(self)),
-            4 if W::VALUES == Bytes::VALUES => d.call(FewRows::<C, W, 4>(self)),
+            3 => d.call(FewRows::<C, W, 3>(self)),
+            4 => d.call(FewRows::<C, W, 4>(self)),
             _ => d.call(ManyRows(self)),
         }
     }
@@ -171,8 +179,10 @@ impl<D: Dots, C: Code, W: Width, const T: usize> InnerWork<D> for FewRows<'_, C,
     fn run(self, d: D) {
         let Self(mut typed) = self;
         let (x, _) = W::groups(typed.product.x.data).as_chunks::<T>();
+        let nothing = [W::NOTHING; T];
         let stride = typed.groups * group_bytes::<C>();
         let mut scales = [[d.zero(); 4]; SCALES / 4];
+        let per = 4 / C::SCALE;
         for row in (0..typed.product.w.rows).step_by(ROWS) {
             let block = typed.block(row);
             let mut acc = [d.zero(); T];
@@ -187,46 +197,88 @@ impl<D: Dots, C: Code, W: Width, const T: usize> InnerWork<D> for FewRows<'_, C,
                             d.prefetch(block.codes, r * stride + at + AHEAD * LINE);
                         }
                     }
-                    let dwords = typed.line(d, block, at);
-                    // The sixteen rows after these follow them: they are read in order.
-                    let ahead = ROWS * stride + at * ROWS;
-                    for g in 0..C::GROUPS {
-                        let Some(x) = x.get(group + g) else { break };
-                        // Whole numbers: four short chains give what one long one gives, where registers allow them.
-                        let mut sums = [[d.splat(0); 4]; T];
-                        for (sums, x) in sums.iter_mut().zip(x) {
-                            sums[0] = d.splat(x.as_ref()[W::VALUES]);
-                        }
-                        for k in 0..16 / C::GROUPS {
-                            let dword = g * (16 / C::GROUPS) + k;
-                            d.prefetch(block.codes, ahead + dword * LINE);
-                            let codes = W::unpack::<D, C>(d, dwords[dword]);
-                            for (j, codes) in codes.iter().take(W::count::<C>()).enumerate() {
-                                let chain = if T <= 2 { (k * W::count::<C>() + j) % 4 } else { 0 };
-                                for (sums, x) in sums.iter_mut().zip(x) {
-                                    let x = d.splat(x.as_ref()[k * W::count::<C>() + j]);
-                                    let sum = &mut sums[chain];
-                                    *sum = if C::WIDE {
-                                        W::dot::<D, true>(d, *sum, *codes, x)
-                                    } else {
-                                        W::dot::<D, false>(d, *sum, *codes, x)
-                                    };
-                                }
-                            }
-                        }
-                        let index = group + g - first;
-                        let per = 4 / C::SCALE;
-                        let weight_scale = scales[index / per][index % per];
-                        for (([a, b, c, e], x), acc) in sums.iter().zip(x).zip(&mut acc) {
-                            let sum = d.add_i32(d.add_i32(*a, *b), d.add_i32(*c, *e));
-                            let scale = d.splat_f32(f32::from_bits(x.as_ref()[W::VALUES + 1]));
-                            *acc = d.fma(d.to_f32(sum), d.mul(weight_scale, scale), *acc);
-                        }
+                    // The sixteen rows after these, four parts of them side by side.
+                    let ahead = Ahead::<1> { codes: block.codes, stride, at };
+                    for line in 0..ROWS {
+                        ahead.ask(d, line);
                     }
+                    let mut line =
+                        Line { dwords: typed.line(d, block, at), x: [&nothing; 4], scales: [d.zero(); 4] };
+                    for g in 0..C::GROUPS {
+                        line.x[g] = x.get(group + g).unwrap_or(&nothing);
+                        line.scales[g] = scales[(group - first) / per + g / per][g % per];
+                    }
+                    line.multiply::<C, W>(d, &mut acc);
                 }
             }
             for (t, acc) in acc.iter().enumerate() {
                 block::store(d, &mut typed.product.out, typed.product.bias, (t, row), *acc);
+            }
+        }
+    }
+}
+
+/// One line of sixteen rows, and what it is multiplied with.
+struct Line<'a, D: Dots, G, const T: usize> {
+    dwords: [D::I; 16],
+    /// Of each group; [`Code::GROUPS`] of them count.
+    x: [&'a [G; T]; 4],
+    scales: [D::F; 4],
+}
+
+impl<D: Dots, G: AsRef<[u32]>, const T: usize> Line<'_, D, G, T> {
+    #[inline(always)]
+    fn multiply<C: Code, W: Width>(&self, d: D, acc: &mut [D::F; T]) {
+        // As many sums side by side as registers hold, so that none waits for another.
+        match (C::GROUPS, T) {
+            (4, 1) => self.groups::<C, W, 4, 2>(d, 0, acc),
+            (_, 1) => self.groups::<C, W, 2, 2>(d, 0, acc),
+            _ => {
+                for first in (0..C::GROUPS).step_by(2) {
+                    self.groups::<C, W, 2, 1>(d, first, acc);
+                }
+            }
+        }
+    }
+
+    /// `G` groups from `first` on, with `CHAINS` sums each for every row of x.
+    #[inline(always)]
+    fn groups<C: Code, W: Width, const GROUPS: usize, const CHAINS: usize>(
+        &self,
+        d: D,
+        first: usize,
+        acc: &mut [D::F; T],
+    ) {
+        let mut sums = [[[d.splat(0); CHAINS]; T]; GROUPS];
+        for g in 0..GROUPS {
+            for t in 0..T {
+                sums[g][t][0] = d.splat(self.x[first + g][t].as_ref()[W::VALUES]);
+            }
+        }
+        for k in 0..16 / C::GROUPS {
+            for g in 0..GROUPS {
+                let codes = W::unpack::<D, C>(d, self.dwords[(first + g) * (16 / C::GROUPS) + k]);
+                for j in 0..W::count::<C>() {
+                    for t in 0..T {
+                        let x = d.splat(self.x[first + g][t].as_ref()[k * W::count::<C>() + j]);
+                        let sum = &mut sums[g][t][j % CHAINS];
+                        *sum = if C::WIDE {
+                            W::dot::<D, true>(d, *sum, codes[j], x)
+                        } else {
+                            W::dot::<D, false>(d, *sum, codes[j], x)
+                        };
+                    }
+                }
+            }
+        }
+        for g in 0..GROUPS {
+            for t in 0..T {
+                let mut sum = sums[g][t][0];
+                for chain in &sums[g][t][1..] {
+                    sum = d.add_i32(sum, *chain);
+                }
+                let scale = d.splat_f32(f32::from_bits(self.x[first + g][t].as_ref()[W::VALUES + 1]));
+                acc[t] = d.fma(d.to_f32(sum), d.mul(self.scales[first + g], scale), acc[t]);
             }
         }
     }
@@ -267,11 +319,9 @@ impl<D: Dots, C: Code, W: Width> InnerWork<D> for ManyRows<'_, C, W> {
                     let at = group * group_bytes::<C>();
                     let scales = &scales[group - first..][..count];
                     let x = &x[group * tokens..][..count * tokens];
+                    let ahead = Ahead { codes: blocks[0].codes, stride, at };
                     for (b, block) in blocks.iter().enumerate() {
-                        let dwords = typed.line(d, *block, at);
-                        // The rows after this unit follow it: they are read in order while it is worked on.
-                        let ahead = BLOCKS * ROWS * stride + at * ROWS;
-                        expand::<D, C, W>(d, dwords, b, (block.codes, ahead), &mut expanded);
+                        expand::<D, C, W>(d, typed.line(d, *block, at), b, &ahead, &mut expanded);
                     }
                     let (w, acc) = (&expanded, &mut acc);
                     if C::WIDE {
@@ -312,17 +362,37 @@ impl<C: Code, W: Width> Typed<'_, C, W> {
     }
 }
 
+/// What is asked for while a line of `ROWS * BLOCKS` rows is worked on: as many lines of the rows that follow them, into
+/// the second cache, and their own next lines into the first.
+struct Ahead<'a, const BLOCKS: usize> {
+    codes: &'a [u8],
+    stride: usize,
+    at: usize,
+}
+
+impl<const BLOCKS: usize> Ahead<'_, BLOCKS> {
+    /// Asks for one of `ROWS * BLOCKS` lines of each.
+    #[inline(always)]
+    fn ask<D: Dots>(&self, d: D, line: usize) {
+        let rows = ROWS * BLOCKS / PARTS;
+        let part = (PARTS + line % PARTS) * rows * self.stride;
+        d.prefetch_second(self.codes, part + self.at * rows + line / PARTS * LINE);
+        d.prefetch(self.codes, line * self.stride + self.at + NEAR * LINE);
+    }
+}
+
 /// Puts the codes of a line where [`Multiply`] finds them: value after value, both blocks side by side.
 #[inline(always)]
 fn expand<D: Dots, C: Code, W: Width>(
     d: D,
     dwords: [D::I; 16],
     block: usize,
-    (ahead, at): (&[u8], usize),
+    ahead: &Ahead<'_, BLOCKS>,
     out: &mut [[D::I; BLOCKS]; LINE],
 ) {
     for (k, dword) in dwords.into_iter().enumerate() {
-        d.prefetch(ahead, at + k * LINE);
+        // One at a time: requests in a bunch wait for one another.
+        ahead.ask(d, block * ROWS + k);
         let codes = W::unpack::<D, C>(d, dword);
         for (j, codes) in codes.iter().take(W::count::<C>()).enumerate() {
             out[k * W::count::<C>() + j][block] = *codes;

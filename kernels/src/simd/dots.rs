@@ -45,6 +45,8 @@ pub(crate) trait Dots: Copy {
     fn widen_bf16(self, x: &[u8; LINE], out: &mut [f32; 32]);
     /// Asks for the cache line `at` bytes from the first of `bytes`, which need not exist.
     fn prefetch(self, bytes: &[u8], at: usize);
+    /// The same, no nearer than the second cache.
+    fn prefetch_second(self, bytes: &[u8], at: usize);
 
     fn splat(self, x: u32) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;

@@ -125,6 +125,11 @@ impl Dots for Avx2 {
         // check of the bound would cost more than the prefetch.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()) }
     }
+    #[inline(always)]
+    fn prefetch_second(self, bytes: &[u8], at: usize) {
+        // SAFETY: as [`Dots::prefetch`].
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().wrapping_add(at).cast()) }
+    }
 
     #[inline(always)]
     fn splat(self, x: u32) -> I {

@@ -117,6 +117,11 @@ macro_rules! shared_operations {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()) }
         }
         #[inline(always)]
+        fn prefetch_second(self, bytes: &[u8], at: usize) {
+            // SAFETY: as [`Dots::prefetch`].
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().wrapping_add(at).cast()) }
+        }
+        #[inline(always)]
         fn splat(self, x: u32) -> __m512i {
             // SAFETY: the token proves AVX-512.
             unsafe { _mm512_set1_epi32(x as i32) }
@@ -255,23 +260,31 @@ impl Dots for Avx512 {
     }
 }
 
-/// `_mm512_dpwssd_epi32` as assembly: the compiler takes the intrinsic apart into a product and a sum where sums wait
-/// for one another, which doubles the load of the ports that bind here.
-#[inline]
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn dpwssd(mut sum: __m512i, w: __m512i, x: __m512i) -> __m512i {
-    // SAFETY: registers only.
-    unsafe {
-        std::arch::asm!(
-            "vpdpwssd {0}, {1}, {2}",
-            inout(zmm_reg) sum,
-            in(zmm_reg) w,
-            in(zmm_reg) x,
-            options(pure, nomem, nostack, preserves_flags)
-        );
-    }
-    sum
+/// An instruction of VNNI as assembly. Two reasons: the compiler takes the intrinsic of words apart into a product and a
+/// sum where sums wait for one another, which doubles the load of the ports that bind here; and it keeps the order of
+/// what is not `pure`, where it would else put one whole chain of sums after all the others.
+macro_rules! vnni {
+    ($name:ident, $instruction:literal) => {
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512vnni")]
+        fn $name(mut sum: __m512i, w: __m512i, x: __m512i) -> __m512i {
+            // SAFETY: registers only.
+            unsafe {
+                std::arch::asm!(
+                    concat!($instruction, " {0}, {1}, {2}"),
+                    inout(zmm_reg) sum,
+                    in(zmm_reg) w,
+                    in(zmm_reg) x,
+                    options(nomem, nostack, preserves_flags)
+                );
+            }
+            sum
+        }
+    };
 }
+
+vnni!(dpwssd, "vpdpwssd");
+vnni!(dpbusd, "vpdpbusd");
 
 impl Dots for Vnni {
     shared_operations!(|token: Vnni| token.0);
@@ -303,6 +316,6 @@ impl Dots for Vnni {
     #[inline(always)]
     fn dot_bytes<const WIDE: bool>(self, sum: __m512i, w: __m512i, x: __m512i) -> __m512i {
         // SAFETY: the token proves AVX-512 VNNI.
-        unsafe { _mm512_dpbusd_epi32(sum, w, x) }
+        unsafe { dpbusd(sum, w, x) }
     }
 }

@@ -61,6 +61,8 @@ impl Dots for Portable {
     }
     #[inline(always)]
     fn prefetch(self, _: &[u8], _: usize) {}
+    #[inline(always)]
+    fn prefetch_second(self, _: &[u8], _: usize) {}
 
     #[inline(always)]
     fn splat(self, x: u32) -> I {
