@@ -205,8 +205,11 @@ impl<D: Dots, C: Code, W: Width, const T: usize> InnerWork<D> for FewRows<'_, C,
                     let mut line =
                         Line { dwords: typed.line(d, block, at), x: [&nothing; 4], scales: [d.zero(); 4] };
                     for g in 0..C::GROUPS {
-                        line.x[g] = x.get(group + g).unwrap_or(&nothing);
-                        line.scales[g] = scales[(group - first) / per + g / per][g % per];
+                        // The last line may hold fewer groups, and after them what is of no use.
+                        if let Some(x) = x.get(group + g) {
+                            line.x[g] = x;
+                            line.scales[g] = scales[(group - first) / per + g / per][g % per];
+                        }
                     }
                     line.multiply::<C, W>(d, &mut acc);
                 }
@@ -344,7 +347,7 @@ impl<C: Code, W: Width> Typed<'_, C, W> {
     /// 64 bytes of the codes of a block, from byte `at` of its rows on.
     #[inline(always)]
     fn line<D: Dots>(&self, d: D, block: Block<'_>, at: usize) -> [D::I; 16] {
-        block::lines(d, block.codes, block.rows, self.groups * group_bytes::<C>(), at)
+        block::lines_and_more(d, block.codes, block.rows, self.groups * group_bytes::<C>(), at)
     }
 
     /// The scales of a block from group `first` on: those of one dword of every row together.
@@ -355,7 +358,7 @@ impl<C: Code, W: Width> Typed<'_, C, W> {
         for r in 0..ROWS {
             d.prefetch(block.scales, BLOCKS * ROWS * stride + at * ROWS + r * LINE);
         }
-        let dwords = block::lines(d, block.scales, block.rows, stride, at);
+        let dwords = block::lines_and_more(d, block.scales, block.rows, stride, at);
         for (out, dword) in out.iter_mut().zip(dwords) {
             *out = C::scales(d, dword);
         }

@@ -13,6 +13,21 @@ pub(crate) fn lines<D: Dots>(d: D, bytes: &[u8], rows: usize, stride: usize, at:
     d.transpose(&padded(bytes, rows, stride, at), LINE, 0)
 }
 
+/// [`lines`], with anything instead of zeros where a row ends before: what follows it, as long as there is any.
+#[inline(always)]
+pub(crate) fn lines_and_more<D: Dots>(
+    d: D,
+    bytes: &[u8],
+    rows: usize,
+    stride: usize,
+    at: usize,
+) -> [D::I; 16] {
+    if rows == ROWS && (ROWS - 1) * stride + at + LINE <= bytes.len() {
+        return d.transpose(bytes, stride, at);
+    }
+    d.transpose(&padded(bytes, rows, stride, at), LINE, 0)
+}
+
 #[inline(never)]
 fn padded(bytes: &[u8], rows: usize, stride: usize, at: usize) -> [u8; ROWS * LINE] {
     let mut out = [0; ROWS * LINE];
