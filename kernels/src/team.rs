@@ -6,16 +6,21 @@
 //! sleep, when the step is over. A thread that comes late joins at whatever region is open; one that never
 //! comes is not waited for: a region ends when its tasks are done. Nothing here allocates.
 //!
-//! Which thread takes which task is open, so a task's result must not depend on it.
+//! Tasks that follow one another mostly run on one thread, which finds what the last one asked memory for: each
+//! thread begins with a run of its own, from the front, and when that is done takes from the back of another's.
+//! Which thread takes which task is still open, so a task's result must not depend on it.
 
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Looks at the region counter before a waiting thread lets others run in between: some 50 µs.
 const SPINS: u32 = 1000;
+
+/// Runs of tasks at most; threads beyond share them.
+const SHARES: usize = 64;
 
 /// Value of [`Team::region`] after the last region.
 const OVER: usize = usize::MAX;
@@ -29,14 +34,46 @@ type Task<'a> = dyn Fn(usize) + Sync + 'a;
 struct Team {
     /// Odd while a region is open, even between regions, then [`OVER`].
     region: Padded<AtomicUsize>,
-    /// The next task of the region.
-    next: Padded<AtomicUsize>,
+    /// The tasks that nobody has taken: a run of them for each thread.
+    shares: [Padded<Share>; SHARES],
+    /// How many of the shares are used.
+    used: usize,
     /// Helpers that may be working on a task.
     inside: Padded<AtomicUsize>,
-    /// The open region's tasks. Written between regions only, by the thread that opens them.
-    job: Cell<Option<(usize, *const Task<'static>)>>,
+    /// What the open region's tasks do. Written between regions only, by the thread that opens them.
+    job: Cell<Option<*const Task<'static>>>,
     /// What a helper's task panicked with.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// A run of tasks that nobody has taken: the first in the low half, the end in the high half.
+struct Share(AtomicU64);
+
+impl Share {
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    fn set(&self, first: usize, end: usize) {
+        self.0.store(first as u64 | (end as u64) << 32, Ordering::Relaxed);
+    }
+
+    /// The first task for its owner, the last one for others.
+    fn take(&self, owner: bool) -> Option<usize> {
+        let mut seen = self.0.load(Ordering::Relaxed);
+        loop {
+            let (first, end) = (seen & 0xFFFF_FFFF, seen >> 32);
+            if first >= end {
+                return None;
+            }
+            let (task, left) =
+                if owner { (first, first + 1 | end << 32) } else { (end - 1, first | (end - 1) << 32) };
+            match self.0.compare_exchange_weak(seen, left, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(task as usize),
+                Err(now) => seen = now,
+            }
+        }
+    }
 }
 
 // SAFETY: `job` is written only while no helper may read it: helpers read it between adding themselves to
@@ -87,7 +124,8 @@ pub fn hold<R: Send>(body: impl FnOnce() -> R + Send) -> R {
     }
     let team = Team {
         region: Padded(AtomicUsize::new(0)),
-        next: Padded(AtomicUsize::new(0)),
+        shares: [const { Padded(Share::new()) }; SHARES],
+        used: threads.min(SHARES),
         inside: Padded(AtomicUsize::new(0)),
         job: Cell::new(None),
         panic: Mutex::new(None),
@@ -99,7 +137,7 @@ pub fn hold<R: Send>(body: impl FnOnce() -> R + Send) -> R {
         let _placed = Placed::new(Place::Holds(team));
         body()
     };
-    rayon::join(lead, || team.help(threads - 1)).0
+    rayon::join(lead, || team.help(1, threads)).0
 }
 
 /// `task(i)` for every i below `tasks`, on all threads of the team that is held; on this thread alone inside
@@ -127,17 +165,20 @@ pub fn threads() -> usize {
 impl Team {
     /// One region, from the thread that holds the team.
     fn open(&self, tasks: usize, task: &Task<'_>) {
+        assert!(u32::try_from(tasks).is_ok(), "{tasks} tasks in one region");
         let task: *const Task<'_> = task;
         // SAFETY: only the lifetime is changed; `Close` ends all use of the pointer before this returns.
         let task: *const Task<'static> = unsafe { std::mem::transmute(task) };
-        self.job.set(Some((tasks, task)));
-        self.next.0.store(0, Ordering::Relaxed);
+        self.job.set(Some(task));
+        for (i, share) in self.shares[..self.used].iter().enumerate() {
+            share.0.set(i * tasks / self.used, (i + 1) * tasks / self.used);
+        }
         self.region.0.fetch_add(1, Ordering::SeqCst);
         {
             let _close = Close(self);
             let _placed = Placed::new(Place::Serial);
             // SAFETY: the caller's reference is alive.
-            self.work(tasks, unsafe { &*task });
+            self.work(0, unsafe { &*task });
         }
         let panic = self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
         if let Some(panic) = panic {
@@ -145,28 +186,30 @@ impl Team {
         }
     }
 
-    /// Takes tasks until none is left.
-    fn work(&self, tasks: usize, task: &Task<'_>) {
-        loop {
-            let index = self.next.0.fetch_add(1, Ordering::Relaxed);
-            if index >= tasks {
-                return;
-            }
+    /// Takes tasks until none is left, as thread `member` of the team.
+    fn work(&self, member: usize, task: &Task<'_>) {
+        let own = member % self.used;
+        while let Some(index) = self.shares[own].0.take(true) {
             task(index);
+        }
+        for other in 1..self.used {
+            while let Some(index) = self.shares[(own + other) % self.used].0.take(false) {
+                task(index);
+            }
         }
     }
 
-    /// `count` helpers, as many as rayon has threads to spare for.
-    fn help(&self, count: usize) {
-        if count > 1 {
-            rayon::join(|| self.serve(), || self.help(count - 1));
+    /// Helpers `member .. end`, as many as rayon has threads to spare for.
+    fn help(&self, member: usize, end: usize) {
+        if member + 1 < end {
+            rayon::join(|| self.serve(member), || self.help(member + 1, end));
         } else {
-            self.serve();
+            self.serve(member);
         }
     }
 
     /// Works on every region that opens, until the team is over.
-    fn serve(&self) {
+    fn serve(&self, member: usize) {
         let _placed = Placed::new(Place::Serial);
         let (mut seen, mut waited) = (0, 0);
         loop {
@@ -186,17 +229,17 @@ impl Team {
             (seen, waited) = (region, 0);
             self.inside.0.fetch_add(1, Ordering::SeqCst);
             if self.region.0.load(Ordering::SeqCst) == region {
-                self.join_in();
+                self.join_in(member);
             }
             self.inside.0.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
-    fn join_in(&self) {
-        let (tasks, task) = self.job.get().expect("an open region has tasks");
+    fn join_in(&self, member: usize) {
+        let task = self.job.get().expect("an open region has tasks");
         // SAFETY: the region was open after this thread was counted as inside, so its opener waits for it.
         let task = unsafe { &*task };
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(tasks, task))) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(member, task))) {
             *self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(panic);
         }
     }
@@ -209,7 +252,9 @@ impl Drop for Close<'_> {
     fn drop(&mut self) {
         let team = self.0;
         // After a panic tasks may be left: nobody is to begin one.
-        team.next.0.store(usize::MAX / 2, Ordering::Relaxed);
+        for share in &team.shares[..team.used] {
+            share.0.set(0, 0);
+        }
         team.region.0.fetch_add(1, Ordering::SeqCst);
         let mut waited = 0;
         while team.inside.0.load(Ordering::SeqCst) != 0 {
