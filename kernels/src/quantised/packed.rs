@@ -5,11 +5,13 @@ use crate::format::{GROUP, Matrix, Values};
 use crate::matmul::Input;
 use crate::matmul::rowwise::{FEW, columns_len, pack_columns};
 use crate::rows::{Bands, Cut, RowsMut, for_each_part};
-use crate::simd::dots::block;
+use crate::simd::dots::{LINE, block};
 use crate::simd::{Isa, LANES, Lanes, Work};
 
 /// Rows of x that are multiplied with weights expanded once.
 pub(crate) const PANEL: usize = 64;
+/// Dwords of a cache line less one.
+const SLACK: usize = LINE / 4 - 1;
 
 /// Bits of an activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,29 +85,49 @@ fn whole_len(precision: Precision, rows: usize, columns: usize) -> usize {
 #[derive(Debug)]
 pub struct Activations {
     precision: Option<Precision>,
-    data: Vec<u32>,
+    data: Aligned,
+}
+
+/// Zeros from the beginning of a cache line on: reading across two is slower.
+#[derive(Debug)]
+struct Aligned {
+    values: Vec<u32>,
+    start: usize,
+}
+
+impl Aligned {
+    fn new(len: usize) -> Self {
+        let values = vec![0; len + SLACK];
+        // (At most fifteen, save where the compiler cannot know: then any start will do.)
+        let start = values.as_ptr().align_offset(LINE).min(SLACK);
+        Self { values, start }
+    }
+
+    fn slice(&mut self, len: usize) -> &mut [u32] {
+        &mut self.values[self.start..][..len]
+    }
 }
 
 impl Activations {
     /// Room for `rows` rows of up to `columns`; see [`Activations::bytes`]. Without a precision weights of few bits are
     /// multiplied in f32 like all others.
     pub fn new(precision: Option<Precision>, rows: usize, columns: usize) -> Self {
-        Self { precision, data: vec![0; packed_len(precision, rows, columns)] }
+        Self { precision, data: Aligned::new(packed_len(precision, rows, columns)) }
     }
 
     /// Room for whole numbers alone, as routed experts need it; see [`Activations::whole_bytes`].
     pub fn whole(precision: Precision, rows: usize, columns: usize) -> Self {
-        Self { precision: Some(precision), data: vec![0; whole_len(precision, rows, columns)] }
+        Self { precision: Some(precision), data: Aligned::new(whole_len(precision, rows, columns)) }
     }
 
-    /// Bytes that [`Activations::whole`] allocates: 72 (or 40) for 32 values.
+    /// Bytes that [`Activations::whole`] allocates: 72 (or 40) for 32 values, and 60.
     pub fn whole_bytes(precision: Precision, rows: usize, columns: usize) -> usize {
-        4 * whole_len(precision, rows, columns)
+        4 * (whole_len(precision, rows, columns) + SLACK)
     }
 
-    /// Bytes that [`Activations::new`] allocates: 4 for every value, rows rounded up to sixteen.
+    /// Bytes that [`Activations::new`] allocates: 4 for every value, rows rounded up to sixteen, and 60.
     pub fn bytes(precision: Option<Precision>, rows: usize, columns: usize) -> usize {
-        4 * packed_len(precision, rows, columns)
+        4 * (packed_len(precision, rows, columns) + SLACK)
     }
 
     /// Packs `x` in whole numbers for weights like `w`, each band in panels of its own; none if that is not wanted.
@@ -118,7 +140,7 @@ impl Activations {
     ) -> Option<PackedRows<'_>> {
         let packing = Packing::of(w, self.precision?)?;
         let columns = x.x.width();
-        let data = &mut self.data[..packing.row(columns) * x.count()];
+        let data = self.data.slice(packing.row(columns) * x.count());
         pack_bands(isa, x, packing, bands, data);
         Some(PackedRows { data, row: packing.row(columns), precision: self.precision })
     }
@@ -131,8 +153,9 @@ impl Activations {
         if x.count() <= FEW {
             return None;
         }
-        pack_columns(isa, x, &mut self.data);
-        Some(PackedRows { data: &self.data, row: x.x.width().next_multiple_of(GROUP), precision: None })
+        let data = self.data.slice(columns_len(x.count(), x.x.width()));
+        pack_columns(isa, x, data);
+        Some(PackedRows { data, row: x.x.width().next_multiple_of(GROUP), precision: None })
     }
 }
 
