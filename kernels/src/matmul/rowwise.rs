@@ -6,8 +6,11 @@
 //! fused multiply-adds from zero, in the order 1, 0, 3, 2, ..., and is then added to the groups before it. (Pairs with the
 //! second value first are what `vdpbf16ps` does.)
 
+mod some;
+
 use std::hint::black_box;
 
+use self::some::{SOME, SomeRows};
 use super::tile::Input;
 use crate::format::{GROUP, Matrix, Values};
 use crate::quantised::PANEL;
@@ -15,7 +18,7 @@ use crate::rows::{Bands, Cut, RowsMut, for_each_part};
 use crate::simd::Isa;
 use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS, block};
 
-/// Rows of x up to which a lane is a weight row.
+/// Rows of x that are multiplied with codes as they come from memory.
 pub(crate) const FEW: usize = 4;
 /// Vectors of a panel of rows of x.
 const VECTORS: usize = PANEL / ROWS;
@@ -148,6 +151,10 @@ impl<D: Dots> InnerWork<D> for ManyRows<'_> {
         let mut weights = Widened([[0.0; CHUNK * GROUP]; TILE]);
         for first in (0..product.x.count()).step_by(PANEL) {
             let tokens = PANEL.min(product.x.count() - first);
+            if tokens <= SOME {
+                d.call(SomeRows { product: &mut product, rows, first, tokens });
+                continue;
+            }
             let vectors = tokens.div_ceil(ROWS);
             let columns_of = rows.groups * GROUP;
             let panel = product.packed.map(|data| data[first * columns_of..].as_chunks::<ROWS>().0);
@@ -227,6 +234,10 @@ pub(crate) fn pack_columns(isa: Isa, x: Input<'_>, data: &mut [u32]) {
     let panels = data[..columns_len(x.count(), width)].chunks_mut(PANEL * width);
     for (panel, data) in panels.enumerate() {
         let x = x.slice(panel * PANEL, PANEL.min(x.count() - panel * PANEL));
+        if x.count() <= SOME {
+            some::pack(x, &mut data[..x.count() * width]);
+            continue;
+        }
         for (pair, data) in data.chunks_mut(2 * ROWS * width).enumerate() {
             let x = x.slice(pair * 2 * ROWS, (2 * ROWS).min(x.count() - pair * 2 * ROWS));
             let (len, vectors) = (data.len(), x.count().div_ceil(ROWS));

@@ -6,16 +6,13 @@ use super::codes::{self, Code, Int4, MAX_SCALES, Mxfp4, Q8, SCALES, group_bytes}
 use super::packed::{PANEL, Panel, Precision};
 use crate::format::{GROUP, Matrix, Values};
 use crate::rows::RowsMut;
-use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS, block};
+use crate::simd::dots::block::{self, Ahead};
+use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS};
 
 /// Row blocks multiplied together.
 const BLOCKS: usize = 2;
 /// Lines that the first rows of a product are asked for ahead.
 const AHEAD: usize = 6;
-/// Lines that the others are brought from the second cache ahead.
-const NEAR: usize = 2;
-/// Parts of the rows to come that are asked for side by side: one stream does not reach the bandwidth of a core.
-const PARTS: usize = 4;
 
 /// `out[t, r] = dot(x[t], w[r]) (+ bias[r])`, all of it on this thread.
 pub(crate) struct Product<'a> {
@@ -362,25 +359,6 @@ impl<C: Code, W: Width> Typed<'_, C, W> {
         for (out, dword) in out.iter_mut().zip(dwords) {
             *out = C::scales(d, dword);
         }
-    }
-}
-
-/// What is asked for while a line of `ROWS * BLOCKS` rows is worked on: as many lines of the rows that follow them, into
-/// the second cache, and their own next lines into the first.
-struct Ahead<'a, const BLOCKS: usize> {
-    codes: &'a [u8],
-    stride: usize,
-    at: usize,
-}
-
-impl<const BLOCKS: usize> Ahead<'_, BLOCKS> {
-    /// Asks for one of `ROWS * BLOCKS` lines of each.
-    #[inline(always)]
-    fn ask<D: Dots>(&self, d: D, line: usize) {
-        let rows = ROWS * BLOCKS / PARTS;
-        let part = (PARTS + line % PARTS) * rows * self.stride;
-        d.prefetch_second(self.codes, part + self.at * rows + line / PARTS * LINE);
-        d.prefetch(self.codes, line * self.stride + self.at + NEAR * LINE);
     }
 }
 

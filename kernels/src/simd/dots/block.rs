@@ -3,6 +3,31 @@
 use super::{Dots, LINE, ROWS};
 use crate::rows::RowsMut;
 
+/// Lines that the others are brought from the second cache ahead.
+const NEAR: usize = 2;
+/// Parts of the rows to come that are asked for side by side: one stream does not reach the bandwidth of a core.
+const PARTS: usize = 4;
+
+/// What is asked for while a line of `ROWS * BLOCKS` rows is worked on: as many lines of the rows that follow them, into
+/// the second cache, and their own next lines into the first.
+pub(crate) struct Ahead<'a, const BLOCKS: usize> {
+    /// From the first of the rows on, `stride` bytes each.
+    pub(crate) codes: &'a [u8],
+    pub(crate) stride: usize,
+    pub(crate) at: usize,
+}
+
+impl<const BLOCKS: usize> Ahead<'_, BLOCKS> {
+    /// Asks for one of `ROWS * BLOCKS` lines of each.
+    #[inline(always)]
+    pub(crate) fn ask<D: Dots>(&self, d: D, line: usize) {
+        let rows = ROWS * BLOCKS / PARTS;
+        let part = (PARTS + line % PARTS) * rows * self.stride;
+        d.prefetch_second(self.codes, part + self.at * rows + line / PARTS * LINE);
+        d.prefetch(self.codes, line * self.stride + self.at + NEAR * LINE);
+    }
+}
+
 /// Dwords of 64 bytes of `rows` rows, at most sixteen, from byte `at` on; each row has `stride` bytes. Zeros for what is
 /// not there.
 #[inline(always)]
