@@ -12,6 +12,9 @@ use crate::simd::{Isa, LANES, Lanes, Work, exp, silu};
 pub(super) const BLOCK: usize = 4 * LANES;
 /// Rows of x at a time: gate and up of a block are 64 KiB of stack, and as much again interleaved.
 const TOKENS: usize = PANEL;
+/// Values of a block at most.
+const LARGE: usize = BLOCK * TOKENS;
+const SMALL: usize = LARGE / 8;
 
 /// `out[t, j]` = the activation of gate and up `first + j` of `x[t]`.
 pub(super) struct GateUpProduct<'a> {
@@ -33,14 +36,26 @@ impl GateUpProduct<'_> {
             let width = wide.min(self.out.width() - column);
             for t in (0..self.x.count()).step_by(TOKENS) {
                 let x = self.x.slice(t, TOKENS.min(self.x.count() - t));
-                self.block(isa, x, t, column, width);
+                // Buffers are filled with zeros first: for few values not the large ones.
+                match x.count() * width {
+                    ..=SMALL => self.block::<SMALL, { 2 * SMALL }>(isa, x, t, column, width),
+                    _ => self.block::<LARGE, { 2 * LARGE }>(isa, x, t, column, width),
+                }
             }
         }
     }
 
     /// Rows `token ..` of `out` for the rows of `x`; columns `column .. column + width` of `out`.
-    fn block(&mut self, isa: Isa, x: Operand<'_>, token: usize, column: usize, width: usize) {
-        let (mut gate, mut up) = ([0.0; BLOCK * TOKENS], [0.0; BLOCK * TOKENS]);
+    #[inline(never)]
+    fn block<const N: usize, const PAIRS: usize>(
+        &mut self,
+        isa: Isa,
+        x: Operand<'_>,
+        token: usize,
+        column: usize,
+        width: usize,
+    ) {
+        let (mut gate, mut up) = ([0.0; N], [0.0; N]);
         let (gate, up) = (&mut gate[..x.count() * width], &mut up[..x.count() * width]);
         let first = self.first + column;
         let part = |w: Matrix<'_>, from: usize, rows: usize, out: &mut [f32]| {
@@ -52,13 +67,13 @@ impl GateUpProduct<'_> {
                 part(up_weight, first, width, up);
             }
             GateUp::Interleaved(w) => {
-                let mut pairs = [0.0; 2 * BLOCK * TOKENS];
+                let mut pairs = [0.0; PAIRS];
                 let pairs = &mut pairs[..x.count() * 2 * width];
                 part(w, 2 * first, 2 * width, pairs);
                 part_pairs(pairs, gate, up);
             }
             GateUp::InterleavedTransposed(w) => {
-                let mut pairs = [0.0; 2 * BLOCK * TOKENS];
+                let mut pairs = [0.0; PAIRS];
                 let pairs = &mut pairs[..x.count() * 2 * width];
                 let out = RowsMut::new(pairs, 2 * width);
                 isa.run(Transposed { x: x.rows, w, first: 2 * first, bias: None, out });
