@@ -55,7 +55,7 @@ impl Share {
     }
 
     fn set(&self, first: usize, end: usize) {
-        self.0.store(first as u64 | (end as u64) << 32, Ordering::Relaxed);
+        self.0.store(first as u64 | ((end as u64) << 32), Ordering::Relaxed);
     }
 
     /// The first task for its owner, the last one for others.
@@ -67,7 +67,7 @@ impl Share {
                 return None;
             }
             let (task, left) =
-                if owner { (first, first + 1 | end << 32) } else { (end - 1, first | (end - 1) << 32) };
+                if owner { (first, (first + 1) | (end << 32)) } else { (end - 1, first | ((end - 1) << 32)) };
             match self.0.compare_exchange_weak(seen, left, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => return Some(task as usize),
                 Err(now) => seen = now,

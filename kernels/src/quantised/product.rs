@@ -249,36 +249,38 @@ impl<D: Dots, G: AsRef<[u32]>, const T: usize> Line<'_, D, G, T> {
         first: usize,
         acc: &mut [D::F; T],
     ) {
+        let dwords = 16 / C::GROUPS;
+        let x = &self.x[first..][..GROUPS];
         let mut sums = [[[d.splat(0); CHAINS]; T]; GROUPS];
-        for g in 0..GROUPS {
-            for t in 0..T {
-                sums[g][t][0] = d.splat(self.x[first + g][t].as_ref()[W::VALUES]);
+        for (sums, x) in sums.iter_mut().zip(x) {
+            for (sums, x) in sums.iter_mut().zip(*x) {
+                sums[0] = d.splat(x.as_ref()[W::VALUES]);
             }
         }
-        for k in 0..16 / C::GROUPS {
-            for g in 0..GROUPS {
-                let codes = W::unpack::<D, C>(d, self.dwords[(first + g) * (16 / C::GROUPS) + k]);
-                for j in 0..W::count::<C>() {
-                    for t in 0..T {
-                        let x = d.splat(self.x[first + g][t].as_ref()[k * W::count::<C>() + j]);
-                        let sum = &mut sums[g][t][j % CHAINS];
+        for k in 0..dwords {
+            for (g, (sums, x)) in sums.iter_mut().zip(x).enumerate() {
+                let codes = W::unpack::<D, C>(d, self.dwords[(first + g) * dwords + k]);
+                for (j, codes) in codes.iter().take(W::count::<C>()).enumerate() {
+                    for (sums, x) in sums.iter_mut().zip(*x) {
+                        let x = d.splat(x.as_ref()[k * W::count::<C>() + j]);
+                        let sum = &mut sums[j % CHAINS];
                         *sum = if C::WIDE {
-                            W::dot::<D, true>(d, *sum, codes[j], x)
+                            W::dot::<D, true>(d, *sum, *codes, x)
                         } else {
-                            W::dot::<D, false>(d, *sum, codes[j], x)
+                            W::dot::<D, false>(d, *sum, *codes, x)
                         };
                     }
                 }
             }
         }
-        for g in 0..GROUPS {
-            for t in 0..T {
-                let mut sum = sums[g][t][0];
-                for chain in &sums[g][t][1..] {
+        for ((sums, x), weight_scale) in sums.iter().zip(x).zip(&self.scales[first..]) {
+            for ((sums, x), acc) in sums.iter().zip(*x).zip(&mut *acc) {
+                let mut sum = sums[0];
+                for chain in &sums[1..] {
                     sum = d.add_i32(sum, *chain);
                 }
-                let scale = d.splat_f32(f32::from_bits(self.x[first + g][t].as_ref()[W::VALUES + 1]));
-                acc[t] = d.fma(d.to_f32(sum), d.mul(self.scales[first + g], scale), acc[t]);
+                let scale = d.splat_f32(f32::from_bits(x.as_ref()[W::VALUES + 1]));
+                *acc = d.fma(d.to_f32(sum), d.mul(*weight_scale, scale), *acc);
             }
         }
     }
