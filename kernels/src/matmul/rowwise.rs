@@ -1,7 +1,7 @@
 //! Products with bf16 weights.
 //!
-//! For few rows of x sixteen weight rows are transposed in registers, as for integer products ([`crate::quantised`]),
-//! so that a lane is a weight row; for many a lane is a row of x. Nothing is summed across lanes. Sums are in the same
+//! For up to sixteen rows of x sixteen weight rows are transposed in registers, as for integer products
+//! ([`crate::quantised`]), so that a lane is a weight row; for more a lane is a row of x. Nothing is summed across lanes. Sums are in the same
 //! order for any number of rows of x, threads and on every instruction set: a group of 32 columns is one chain of
 //! fused multiply-adds from zero, in the order 1, 0, 3, 2, ..., and is then added to the groups before it. (Pairs with the
 //! second value first are what `vdpbf16ps` does.)
@@ -22,7 +22,7 @@ use crate::simd::dots::{DotWork, Dots, InnerWork, LINE, ROWS, block};
 pub(crate) const FEW: usize = 4;
 /// Vectors of a panel of rows of x.
 const VECTORS: usize = PANEL / ROWS;
-/// Groups taken at a time: of 64 rows of x they are 16 KiB, which stay in the first cache.
+/// Groups taken at a time: of 64 rows of x they are 32 KiB, which stay in the first cache.
 const CHUNK: usize = 4;
 /// Groups that a weight row read from end to end is asked for ahead.
 const AHEAD: usize = 6;
