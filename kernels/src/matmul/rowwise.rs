@@ -1,10 +1,10 @@
 //! Products with bf16 weights.
 //!
 //! For up to sixteen rows of x sixteen weight rows are transposed in registers, as for integer products
-//! ([`crate::quantised`]), so that a lane is a weight row; for more a lane is a row of x. Nothing is summed across lanes. Sums are in the same
-//! order for any number of rows of x, threads and on every instruction set: a group of 32 columns is one chain of
-//! fused multiply-adds from zero, in the order 1, 0, 3, 2, ..., and is then added to the groups before it. (Pairs with the
-//! second value first are what `vdpbf16ps` does.)
+//! ([`crate::quantised`]), so that a lane is a weight row; for more a lane is a row of x. Nothing is summed across
+//! lanes. Sums are in the same order for any number of rows of x, threads and on every instruction set: a group of 32
+//! columns is one chain of fused multiply-adds from zero, in the order 1, 0, 3, 2, ..., and is then added to the groups
+//! before it. (Pairs with the second value first are what `vdpbf16ps` does.)
 
 mod some;
 
