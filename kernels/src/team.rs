@@ -303,6 +303,23 @@ mod tests {
     }
 
     #[test]
+    fn a_long_task_does_not_keep_those_behind_it() {
+        pool(2).install(|| {
+            let done = AtomicUsize::new(0);
+            let start = std::time::Instant::now();
+            run(8, &|i| {
+                // The first of the opening thread's run: the other thread must take the rest of it.
+                while i == 0 && done.load(Ordering::SeqCst) < 7 {
+                    assert!(start.elapsed().as_secs() < 20, "nobody took the tasks behind this one");
+                    std::thread::yield_now();
+                }
+                done.fetch_add(1, Ordering::SeqCst);
+            });
+            assert_eq!(done.load(Ordering::SeqCst), 8);
+        });
+    }
+
+    #[test]
     fn nested_regions_run_in_place() {
         let total = AtomicUsize::new(0);
         pool(3).install(|| {

@@ -119,3 +119,25 @@ fn what_is_not_finite_stays_visible() {
         assert!(y.iter().all(|y| y.abs() < 1e-30), "{tiny}: {y:?}");
     }
 }
+
+/// Lines that reach into the row after them are read in place: nothing of that row may reach the sums.
+#[test]
+fn a_row_that_is_not_a_number_spoils_no_other() {
+    let (rows, cols, bad) = (40, 96, 7);
+    let packed = vec![0x5Au8; rows * cols / 2];
+    let scale = |r: usize| if r == bad { half::bf16::NAN } else { half::bf16::from_f32(0.5) };
+    let scales: Vec<u8> = (0..rows * cols / 32).flat_map(|i| scale(i / (cols / 32)).to_le_bytes()).collect();
+    let w = kernels::Matrix::new(kernels::Values::Int4 { packed: &packed, scales: &scales }, rows, cols);
+    for tokens in [1, 2, 3, 4, 9, 20] {
+        let x: Vec<f32> = (0..tokens * cols).map(|i| (i % 13) as f32 - 6.0).collect();
+        for (isa, precision) in Isa::available().into_iter().flat_map(|isa| PRECISIONS.map(|p| (isa, p))) {
+            let mut activations = Activations::new(Some(precision), tokens, cols);
+            let mut out = vec![0.0; tokens * rows];
+            let x = Rows::new(&x, cols);
+            matmul_with(isa, Some(&mut activations), x, &w, None, RowsMut::new(&mut out, rows));
+            for (i, y) in out.iter().enumerate() {
+                assert_eq!(y.is_nan(), i % rows == bad, "{isa:?} {precision:?} row {} of {tokens}", i % rows);
+            }
+        }
+    }
+}

@@ -75,7 +75,7 @@ impl Bf16Rows<'_> {
     #[inline(always)]
     fn line<D: Dots>(&self, d: D, row: usize, group: usize) -> [D::I; 16] {
         let bytes = &self.bytes[row * self.stride..];
-        block::lines(d, bytes, ROWS.min(self.rows - row), self.stride, group * LINE)
+        block::lines::<D, true>(d, bytes, ROWS.min(self.rows - row), self.stride, group * LINE)
     }
 
     /// Asks for one group of the first sixteen rows.
@@ -168,13 +168,7 @@ impl<D: Dots> InnerWork<D> for ManyRows<'_> {
                         None => {
                             let columns_of = count * GROUP;
                             let out = &mut gathered[..columns_of * vectors];
-                            columns(
-                                d,
-                                product.x.slice(first, tokens),
-                                (group, 0, columns_of),
-                                columns_of,
-                                out,
-                            );
+                            columns(d, product.x.slice(first, tokens), group, columns_of, out);
                             Pairs { lanes: out, columns: columns_of, first: 0 }
                         }
                     };
@@ -264,23 +258,17 @@ impl DotWork for PackColumns<'_> {
     fn run<D: Dots>(self, d: D) {
         let out = self.out.as_chunks_mut().0;
         let columns_of = out.len() / self.x.count().div_ceil(ROWS);
-        columns(d, self.x, (self.group, 0, columns_of), columns_of, out);
+        columns(d, self.x, self.group, columns_of, out);
     }
 }
 
-/// `count` columns from `group` on of up to a panel of rows of x, written from column `at` of `columns_of` on.
+/// `count` columns from `group` on of up to a panel of rows of x.
 #[inline(always)]
-fn columns<D: Dots>(
-    d: D,
-    x: Input<'_>,
-    (group, at, count): (usize, usize, usize),
-    columns_of: usize,
-    out: &mut [Lanes],
-) {
+fn columns<D: Dots>(d: D, x: Input<'_>, group: usize, count: usize, out: &mut [Lanes]) {
     let vectors = x.count().div_ceil(ROWS);
     for v in 0..vectors {
         let (pair, wide) = (v & !1, 2.min(vectors - (v & !1)));
-        let out = &mut out[pair * columns_of..];
+        let out = &mut out[pair * count..];
         for half in 0..count / ROWS {
             let column = group * GROUP + half * ROWS;
             let mut block = [[0.0; ROWS]; ROWS];
@@ -290,7 +278,7 @@ fn columns<D: Dots>(
                     x => block[..x.len()].copy_from_slice(x),
                 }
             }
-            let out = out[(at + half * ROWS) * wide + v - pair..].iter_mut().step_by(wide);
+            let out = out[half * ROWS * wide + v - pair..].iter_mut().step_by(wide);
             for (out, column) in out.zip(d.transpose_f32(&block)) {
                 *out = d.store(column).map(f32::to_bits);
             }

@@ -346,7 +346,7 @@ impl<C: Code, W: Width> Typed<'_, C, W> {
     /// 64 bytes of the codes of a block, from byte `at` of its rows on.
     #[inline(always)]
     fn line<D: Dots>(&self, d: D, block: Block<'_>, at: usize) -> [D::I; 16] {
-        block::lines_and_more(d, block.codes, block.rows, self.groups * group_bytes::<C>(), at)
+        block::lines::<D, false>(d, block.codes, block.rows, self.groups * group_bytes::<C>(), at)
     }
 
     /// The scales of a block from group `first` on: those of one dword of every row together.
@@ -357,7 +357,7 @@ impl<C: Code, W: Width> Typed<'_, C, W> {
         for r in 0..ROWS {
             d.prefetch(block.scales, BLOCKS * ROWS * stride + at * ROWS + r * LINE);
         }
-        let dwords = block::lines_and_more(d, block.scales, block.rows, stride, at);
+        let dwords = block::lines::<D, false>(d, block.scales, block.rows, stride, at);
         for (out, dword) in out.iter_mut().zip(dwords) {
             *out = C::scales(d, dword);
         }

@@ -28,26 +28,18 @@ impl<const BLOCKS: usize> Ahead<'_, BLOCKS> {
     }
 }
 
-/// Dwords of 64 bytes of `rows` rows, at most sixteen, from byte `at` on; each row has `stride` bytes. Zeros for what is
-/// not there.
+/// Dwords of 64 bytes of `rows` rows, at most sixteen, from byte `at` on; each row has `stride` bytes. Zeros for rows that
+/// are not there; where a row ends before, zeros if `ZEROS`, else anything.
 #[inline(always)]
-pub(crate) fn lines<D: Dots>(d: D, bytes: &[u8], rows: usize, stride: usize, at: usize) -> [D::I; 16] {
-    if rows == ROWS && at + LINE <= stride {
-        return d.transpose(bytes, stride, at);
-    }
-    d.transpose(&padded(bytes, rows, stride, at), LINE, 0)
-}
-
-/// [`lines`], with anything instead of zeros where a row ends before: what follows it, as long as there is any.
-#[inline(always)]
-pub(crate) fn lines_and_more<D: Dots>(
+pub(crate) fn lines<D: Dots, const ZEROS: bool>(
     d: D,
     bytes: &[u8],
     rows: usize,
     stride: usize,
     at: usize,
 ) -> [D::I; 16] {
-    if rows == ROWS && (ROWS - 1) * stride + at + LINE <= bytes.len() {
+    let in_place = if ZEROS { at + LINE <= stride } else { (ROWS - 1) * stride + at + LINE <= bytes.len() };
+    if rows == ROWS && in_place {
         return d.transpose(bytes, stride, at);
     }
     d.transpose(&padded(bytes, rows, stride, at), LINE, 0)
