@@ -158,6 +158,8 @@ impl Loaded {
             stop: StopRule { token_ids: self.defaults.stop_token_ids.clone(), ..StopRule::default() },
             logprobs: None,
             skip_special_tokens: true,
+            priority: 0,
+            cache_salt: String::new(),
         }
     }
 }

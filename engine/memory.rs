@@ -102,7 +102,7 @@ pub fn fit(
 ) -> Result<(EngineOptions, MemoryPlan), Error> {
     let longest = config.max_positions;
     let plan = |context: usize| {
-        let options = EngineOptions::new(context, sequences);
+        let options = EngineOptions::new(context, sequences, config.window());
         (options, MemoryPlan::new(config, weight_bytes, numerics, &options))
     };
     if let Some(context) = context {

@@ -70,6 +70,24 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// Control tokens in the output are left out of the text.
     pub skip_special_tokens: bool,
+    /// Lower goes first; 0 is usual. A level is worth [`HEAD_START`](crate::scheduler::HEAD_START) arrivals.
+    pub priority: i32,
+    /// Cached prefixes are shared among requests of the same salt only: whoever has another cannot even learn from
+    /// the time it takes that a prompt was seen before.
+    pub cache_salt: String,
+}
+
+impl Request {
+    /// The same request for its i-th choice.
+    pub fn choice(&self, index: usize) -> Self {
+        Self { sampling: self.choice_sampling(index), ..self.clone() }
+    }
+
+    /// How the i-th choice chooses its tokens.
+    pub fn choice_sampling(&self, index: usize) -> SamplingParams {
+        let seed = self.sampling.seed.map(|seed| seed.wrapping_add(index as u64));
+        SamplingParams { seed, ..self.sampling.clone() }
+    }
 }
 
 /// Natural logarithms of probabilities under the unmodified logits.
@@ -110,6 +128,8 @@ pub struct Summary {
     pub reason: FinishReason,
     /// Prompt tokens.
     pub prompt_tokens: usize,
+    /// Of these, tokens that came from the cache when the request began to run.
+    pub cached_tokens: usize,
     /// Generated tokens, the stop token included.
     pub completion_tokens: usize,
     /// From submission to the first step that served it.
@@ -122,14 +142,31 @@ pub struct Summary {
     pub decode_seconds: f64,
 }
 
-/// What a request's sink receives, in this order: any `Prefill`, any `Token`, one of the last two.
+impl Summary {
+    /// Of a generation that has done nothing.
+    pub fn unstarted(reason: FinishReason, prompt_tokens: usize) -> Self {
+        Self {
+            reason,
+            prompt_tokens,
+            cached_tokens: 0,
+            completion_tokens: 0,
+            queue_seconds: 0.0,
+            time_to_first_token_seconds: 0.0,
+            prefill_seconds: 0.0,
+            decode_seconds: 0.0,
+        }
+    }
+}
+
+/// What a request's sink receives: any `Prefill`, any `Token`, one of the last two. (After a token `Prefill` comes again
+/// only where the request gave way to others and reads anew what it had.)
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// Progress on the prompt; also sent now and then while the request waits.
+    /// Progress on what is to be read before the next token; also sent now and then while the request waits.
     Prefill {
-        /// Prompt tokens read so far.
+        /// Tokens read so far.
         done: usize,
-        /// Prompt tokens.
+        /// Tokens of the prompt, and of the output where that is read anew.
         total: usize,
     },
     /// One generated token. `text` is what became printable by it: whole UTF-8 characters, possibly
@@ -210,6 +247,15 @@ pub trait Generate: Send + Sync {
     /// # Errors
     /// [`SubmitError`], before anything is generated.
     fn submit(&self, request: Request, sink: Sink) -> Result<(), SubmitError>;
+
+    /// Queues one generation per sink for the same prompt. Choice i is drawn with the seed plus i. (An engine reads
+    /// the prompt once for all of them.)
+    ///
+    /// # Errors
+    /// [`SubmitError`]; sinks that were accepted before it still get their events.
+    fn submit_choices(&self, request: Request, sinks: Vec<Sink>) -> Result<(), SubmitError> {
+        sinks.into_iter().enumerate().try_for_each(|(choice, sink)| self.submit(request.choice(choice), sink))
+    }
 
     /// Longest prompt plus output, in tokens.
     fn context(&self) -> usize;

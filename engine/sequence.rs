@@ -1,23 +1,18 @@
-//! One running generation: its tokens, its blocks and what its caller has been told.
+//! One running generation: its tokens and what its caller has been told.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use crate::blocks::BlockTable;
+use models::batch::PAGE_TOKENS;
+
+use crate::blocks::BlockKey;
+use crate::prefix::{PrefixChain, PrefixHasher};
 use crate::request::{Event, FinishReason, Request, Sink, Summary};
 use crate::sampler::{Sampler, Scratch, logprobs};
-use crate::scheduler::Progress;
 use crate::stop::StopMatcher;
 use crate::tokenizer::IncrementalDecoder;
 
-/// What comes after a sequence's share of a step.
-pub enum Step {
-    /// More of the prompt.
-    PromptLeft,
-    /// A token is to be chosen.
-    Sample,
-}
-
-/// What a request needs besides itself, made when it is accepted.
+/// What each choice of a request needs besides it, made when it is accepted.
 pub struct Parts {
     /// Chooses its tokens.
     pub sampler: Sampler,
@@ -31,73 +26,129 @@ pub struct Parts {
     pub submitted: Instant,
 }
 
-/// A generation that holds cache blocks.
+/// A generation; before its first token, all choices of a request.
 pub struct Sequence {
-    request: Request,
+    request: Arc<Request>,
     max_tokens: usize,
     /// Prompt and output.
     tokens: Vec<u32>,
-    cached: usize,
-    table: Option<BlockTable>,
+    /// Behind the full blocks of `tokens`.
+    chain: PrefixChain,
     parts: Parts,
+    /// The other choices, until the prompt is read.
+    siblings: Vec<Parts>,
     done: bool,
+    cached_tokens: Option<usize>,
     started: Option<Instant>,
     first_token: Option<Instant>,
     prefill_seconds: f64,
 }
 
 impl Sequence {
-    /// A generation whose prompt is still to be read; `table` has room for `max_tokens` more.
-    pub fn new(request: Request, max_tokens: usize, table: BlockTable, mut parts: Parts) -> Self {
-        let mut tokens = Vec::with_capacity(request.prompt.len() + max_tokens);
-        tokens.extend_from_slice(&request.prompt);
-        parts.sampler.observe_prompt(&request.prompt);
+    /// A generation whose prompt is still to be read, for the first of `choices` and its siblings; `chain` stands behind
+    /// the prompt's full blocks.
+    pub fn new(request: Request, max_tokens: usize, chain: PrefixChain, mut choices: Vec<Parts>) -> Self {
+        choices.iter_mut().for_each(|parts| parts.sampler.observe_prompt(&request.prompt));
+        let parts = choices.remove(0);
         Self {
             max_tokens,
-            tokens,
-            cached: 0,
-            table: Some(table),
+            tokens: request.prompt.clone(),
+            chain,
             parts,
+            siblings: choices,
             done: false,
+            cached_tokens: None,
             started: None,
             first_token: None,
             prefill_seconds: 0.0,
-            request,
+            request: Arc::new(request),
         }
     }
 
-    /// What the scheduler needs to know.
-    pub fn progress(&self) -> Progress {
-        Progress { cached: self.cached, known: self.tokens.len() }
+    /// The other choices that still want to be answered, each a generation with the same tokens; the prompt has been read.
+    pub fn take_siblings(&mut self) -> Vec<Self> {
+        let siblings = std::mem::take(&mut self.siblings).into_iter();
+        let sibling = |parts| Self {
+            request: Arc::clone(&self.request),
+            max_tokens: self.max_tokens,
+            tokens: self.tokens.clone(),
+            chain: self.chain.clone(),
+            parts,
+            siblings: Vec::new(),
+            done: false,
+            cached_tokens: self.cached_tokens,
+            started: self.started,
+            first_token: None,
+            prefill_seconds: self.prefill_seconds,
+        };
+        siblings.map(sibling).collect()
     }
 
-    /// The next `count` tokens to run, how many are cached before them, and the blocks.
-    pub fn next_tokens(&self, count: usize) -> (&[u32], usize, &[u32]) {
-        let table = self.table.as_ref().expect("a running sequence holds blocks");
-        (&self.tokens[self.cached..self.cached + count], self.cached, table.ids())
+    /// Prompt and output.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
     fn output(&self) -> &[u32] {
         &self.tokens[self.request.prompt.len()..]
     }
 
-    /// `count` tokens have been run by a step that began at `begun`.
-    pub fn advance(&mut self, count: usize, begun: Instant, seconds: f64) -> Step {
-        self.started.get_or_insert(begun);
-        self.cached += count;
-        if self.first_token.is_none() {
-            self.prefill_seconds += seconds;
-            let (done, total) = (self.cached, self.request.prompt.len());
-            self.send(Event::Prefill { done, total });
-        }
-        if self.cached < self.tokens.len() { Step::PromptLeft } else { Step::Sample }
+    /// It is over, for all its choices.
+    pub fn is_done(&self) -> bool {
+        self.done
     }
 
-    /// Chooses the next token and tells the caller.
-    pub fn sample(&mut self, scratch: &mut Scratch, logits: &[f32]) {
-        if self.done {
-            return;
+    /// Whether it has never run.
+    pub fn is_new(&self) -> bool {
+        self.cached_tokens.is_none()
+    }
+
+    /// It runs, and so many of its tokens came from the cache.
+    pub fn admitted(&mut self, cached_tokens: usize) {
+        self.cached_tokens.get_or_insert(cached_tokens);
+    }
+
+    /// It was part of a step that began at `begun`; `done` of its tokens have been read. Whether its callers still wait is
+    /// found out on the way.
+    pub fn advance(&mut self, done: usize, begun: Instant, seconds: f64) {
+        self.started.get_or_insert(begun);
+        if self.first_token.is_none() {
+            self.prefill_seconds += seconds;
         }
+        if self.first_token.is_none() || done < self.tokens.len() {
+            self.say_progress(done);
+        }
+    }
+
+    /// Tells the callers how far it is; those who are gone are forgotten.
+    pub fn say_progress(&mut self, done: usize) {
+        let total = self.tokens.len();
+        let prompt_tokens = self.request.prompt.len();
+        self.siblings.retain_mut(|parts| {
+            let stays = (parts.sink)(Event::Prefill { done, total });
+            if !stays {
+                let summary = Summary::unstarted(FinishReason::Cancelled, prompt_tokens);
+                (parts.sink)(Event::Finished { text: String::new(), summary });
+            }
+            stays
+        });
+        if !(self.parts.sink)(Event::Prefill { done, total }) {
+            self.end(FinishReason::Cancelled);
+            // Another choice takes the place of the first.
+            if !self.siblings.is_empty() {
+                self.parts = self.siblings.remove(0);
+                self.done = false;
+            }
+        }
+    }
+
+    /// Chooses the next token and tells the caller; gives the key of the block that it fills, if it does.
+    pub fn sample(
+        &mut self,
+        scratch: &mut Scratch,
+        logits: &[f32],
+        hasher: &PrefixHasher,
+    ) -> Option<BlockKey> {
         let rule = &self.request.stop;
         let banned: &[u32] = if self.output().len() < rule.min_tokens { &rule.token_ids } else { &[] };
         let id = self.parts.sampler.sample(scratch, logits, banned);
@@ -112,22 +163,29 @@ impl Sequence {
             text = pushed.emit;
             stopped = pushed.matched;
         }
-        self.send(Event::Token { id, text, logprobs });
-        if stopped {
-            self.finish(FinishReason::Stop);
+        if !(self.parts.sink)(Event::Token { id, text, logprobs }) {
+            self.end(FinishReason::Cancelled);
+        } else if stopped {
+            self.end(FinishReason::Stop);
         } else if self.output().len() >= self.max_tokens {
-            self.finish(FinishReason::Length);
+            self.end(FinishReason::Length);
         }
+        let full = self.tokens.len().is_multiple_of(PAGE_TOKENS);
+        let block = full.then(|| &self.tokens[self.tokens.len() - PAGE_TOKENS..]);
+        block.map(|tokens| hasher.extend(&mut self.chain, tokens)[0])
     }
 
-    fn send(&mut self, event: Event) {
-        if !self.done && !(self.parts.sink)(event) {
-            self.finish(FinishReason::Cancelled);
-        }
-    }
-
-    /// Ends the generation and tells the caller.
+    /// Ends the generation and tells every caller.
     pub fn finish(&mut self, reason: FinishReason) {
+        self.end(reason);
+        while !self.siblings.is_empty() {
+            self.parts = self.siblings.remove(0);
+            self.done = false;
+            self.end(reason);
+        }
+    }
+
+    fn end(&mut self, reason: FinishReason) {
         if self.done {
             return;
         }
@@ -138,13 +196,13 @@ impl Sequence {
         text.push_str(&stop.finish());
         let since = |at: Option<Instant>| at.map_or(0.0, |at| (at - self.parts.submitted).as_secs_f64());
         let summary = Summary {
-            reason,
-            prompt_tokens: self.request.prompt.len(),
             completion_tokens: self.output().len(),
+            cached_tokens: self.cached_tokens.unwrap_or(0),
             queue_seconds: since(self.started),
             time_to_first_token_seconds: since(self.first_token),
             prefill_seconds: self.prefill_seconds,
             decode_seconds: self.first_token.map_or(0.0, |at| at.elapsed().as_secs_f64()),
+            ..Summary::unstarted(reason, self.request.prompt.len())
         };
         (self.parts.sink)(Event::Finished { text, summary });
     }
@@ -153,12 +211,9 @@ impl Sequence {
     pub fn fail(&mut self, message: &str) {
         if !self.done {
             self.done = true;
-            (self.parts.sink)(Event::Failed(message.to_owned()));
+            for parts in std::iter::once(&mut self.parts).chain(&mut self.siblings) {
+                (parts.sink)(Event::Failed(message.to_owned()));
+            }
         }
-    }
-
-    /// Gives up the blocks if the generation has ended.
-    pub fn take_table_if_done(&mut self) -> Option<BlockTable> {
-        if self.done { self.table.take() } else { None }
     }
 }

@@ -9,10 +9,11 @@ use models::reference::ReferenceRunner;
 use models::{Capacity, Model, Numerics, Runner};
 use serde_json::json;
 
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineParts};
 use crate::error::Error;
 use crate::loaded::{DenseFormat, Loaded};
 use crate::memory::{self, MemoryPlan};
+use crate::prefix::{self, PrefixHasher};
 use crate::request::{Event, Generate, Request, Summary};
 use crate::tokenizer::Specials;
 
@@ -132,7 +133,16 @@ impl Session {
         let threads = pool.current_num_threads();
         let runner = options.runner(model, limits.capacity())?;
         let (name, numerics) = (runner.name(), model.numerics_label(runner.numerics()));
-        let engine = Engine::start(runner, Arc::clone(&loaded.tokenizer), pool, limits);
+        let cache_type = limits.cache_type.unwrap_or(runner.numerics().cache_type());
+        let identity = prefix::identity(model, &*runner, &format!("{cache_type:?}"));
+        let parts = EngineParts {
+            runner,
+            tokenizer: Arc::clone(&loaded.tokenizer),
+            pool,
+            hasher: PrefixHasher::random(identity),
+            observer: None,
+        };
+        let engine = Engine::start(parts, limits);
         Ok(Self {
             engine: Arc::new(engine),
             plan,

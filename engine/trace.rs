@@ -98,7 +98,7 @@ impl Tracer {
         let chunk = options.chunk.unwrap_or(512).clamp(1, longest.max(1));
         let logit_rows = if options.logits == KeepLogits::All { chunk } else { 1 };
         let blocks = positions.div_ceil(PAGE_TOKENS).max(1);
-        let capacity = Capacity { blocks, batch_tokens: chunk, logit_rows };
+        let capacity = Capacity::new(blocks, chunk, logit_rows);
         memory::check_capacity(&model.config, run.numerics(), &capacity)?;
         let runner = run.runner(model, capacity)?;
         let table = (0..blocks as u32).collect();

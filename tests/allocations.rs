@@ -34,7 +34,7 @@ fn a_warm_decode_step_allocates_nothing() {
     for name in ["kimi_k2_int4", "gpt_oss_mxfp4", "kimi_k2_fp8", "hunyuan_v1_moe"] {
         let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
         let model = Model::open(Checkpoint::open(&folder).unwrap()).unwrap();
-        let capacity = Capacity { blocks: 4, batch_tokens: 32, logit_rows: 2 };
+        let capacity = Capacity::new(4, 32, 2);
         let vocab = model.config.vocab;
         let mut runner = CpuRunner::new(model, Numerics::Model, capacity);
         let mut batch = Batch::default();

@@ -20,7 +20,7 @@ fn prompt(seed: u32, tokens: usize, vocab: usize) -> Vec<u32> {
 }
 
 fn runner(model: &Arc<Model>, numerics: Numerics, isa: Isa) -> CpuRunner {
-    let capacity = Capacity { blocks: 16, batch_tokens: 256, logit_rows: 256 };
+    let capacity = Capacity::new(16, 256, 256);
     CpuRunner::with_isa(Arc::clone(model), numerics, capacity, isa)
 }
 
@@ -95,7 +95,7 @@ fn chunks_and_batches_change_no_bit() {
             assert!(logits == expected[0], "{name} {numerics:?} in chunks of {chunk}");
         }
         for sequences in [1, 2, 7, SEQUENCES] {
-            let capacity = Capacity { blocks: SEQUENCES + 1, batch_tokens: 512, logit_rows: SEQUENCES };
+            let capacity = Capacity::new(SEQUENCES + 1, 512, SEQUENCES);
             let mut runner = CpuRunner::new(Arc::clone(&model), numerics, capacity);
             // Sequence 0 has two blocks, each other one of its own, none in order.
             let first = SEQUENCES as u32;

@@ -297,7 +297,7 @@ impl Probe for Routing {
 /// Logits and routing of a prompt.
 fn run(model: &std::sync::Arc<Model>, tokens: &[u32]) -> (Vec<f32>, Routing) {
     let blocks = tokens.len().div_ceil(PAGE_TOKENS);
-    let capacity = Capacity { blocks, batch_tokens: tokens.len(), logit_rows: tokens.len() };
+    let capacity = Capacity::new(blocks, tokens.len(), tokens.len());
     let mut runner = CpuRunner::new(std::sync::Arc::clone(model), Numerics::Model, capacity);
     let mut batch = Batch::default();
     batch.push(tokens, 0, &(0..blocks as u32).collect::<Vec<_>>(), WantLogits::All);

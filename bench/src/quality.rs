@@ -52,7 +52,7 @@ pub struct Text {
 /// What [`measure`]'s runners hold.
 pub fn capacity(model: &Model) -> Capacity {
     let tokens = WINDOW.min(model.config.max_positions);
-    Capacity { blocks: blocks(tokens), batch_tokens: tokens, logit_rows: tokens }
+    Capacity::new(blocks(tokens), tokens, tokens)
 }
 
 /// A row for every variant, or for those of the given names; `q8` opens the model with 8-bit copies.

@@ -49,17 +49,14 @@ impl StepOptions {
 
     /// What the runner of [`decode`] holds.
     pub fn decode_capacity(&self) -> Capacity {
-        Capacity {
-            blocks: self.batch * blocks(self.decode_length()),
-            batch_tokens: self.batch.max(self.context.min(CHUNK)),
-            logit_rows: self.batch,
-        }
+        let batch_tokens = self.batch.max(self.context.min(CHUNK));
+        Capacity::new(self.batch * blocks(self.decode_length()), batch_tokens, self.batch)
     }
 
     /// What the runner of [`prefill`] of so many tokens holds.
     pub fn prefill_capacity(&self, tokens: usize) -> Capacity {
         let batch_tokens = tokens.max(self.context.min(CHUNK));
-        Capacity { blocks: blocks(self.context + tokens), batch_tokens, logit_rows: 1 }
+        Capacity::new(blocks(self.context + tokens), batch_tokens, 1)
     }
 }
 

@@ -69,7 +69,7 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode, Error> {
         eprintln!("{} tensors hold no NaN and no infinity", scanned.tensors);
     }
     let blocks = prompt.len().div_ceil(models::batch::PAGE_TOKENS);
-    let capacity = Capacity { blocks, batch_tokens: prompt.len(), logit_rows: LOGIT_ROWS };
+    let capacity = Capacity::new(blocks, prompt.len(), LOGIT_ROWS);
     check_capacity(&model.config, Numerics::Reference, &capacity)?;
     let (mut trusted, mut tested) = (trusted.runner(model, capacity)?, tested.runner(model, capacity)?);
     let mut tolerance = Tolerance::REFERENCE;

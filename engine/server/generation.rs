@@ -4,6 +4,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,7 @@ const MAX_TOKEN_BYTES: usize = 512;
 
 /// A request ready for the engine.
 pub(super) struct Job {
+    /// One per prompt, each with as many choices as the reply says.
     pub(super) requests: Vec<Request>,
     pub(super) reply: Reply,
 }
@@ -41,7 +43,7 @@ pub(super) struct TokenizedPrompt {
 }
 
 impl Job {
-    /// One engine request per choice. A limit beyond the context becomes what the context leaves, as every OpenAI-shaped
+    /// One engine request per prompt. A limit beyond the context becomes what the context leaves, as every OpenAI-shaped
     /// server does; a prompt that leaves nothing is an error.
     pub(super) fn new(
         shared: &Shared,
@@ -50,7 +52,7 @@ impl Job {
         prompts: Vec<TokenizedPrompt>,
     ) -> Result<Self, ApiError> {
         let (context, param) = (shared.state.engine.context(), surface.prompt_param());
-        let mut requests = Vec::with_capacity(prompts.len() * common.n);
+        let mut requests = Vec::with_capacity(prompts.len());
         let mut infos = Vec::with_capacity(prompts.len());
         for TokenizedPrompt { ids, echo } in prompts {
             if ids.is_empty() {
@@ -66,18 +68,16 @@ impl Job {
                 let problem = format!("is more than the {max_tokens} tokens that can be generated");
                 return Err(ApiError::invalid("min_tokens", problem));
             }
-            for choice in 0..common.n {
-                let mut sampling = common.sampling.clone();
-                sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
-                requests.push(Request {
-                    prompt: ids.clone(),
-                    max_tokens: Some(max_tokens),
-                    sampling,
-                    stop: common.stop.clone(),
-                    logprobs: common.logprobs,
-                    skip_special_tokens: common.skip_special_tokens,
-                });
-            }
+            requests.push(Request {
+                prompt: ids.clone(),
+                max_tokens: Some(max_tokens),
+                sampling: common.sampling.clone(),
+                stop: common.stop.clone(),
+                logprobs: common.logprobs,
+                skip_special_tokens: common.skip_special_tokens,
+                priority: common.priority,
+                cache_salt: tenant(shared, &common.cache_salt),
+            });
             let tokens = ids.len();
             infos.push(PromptInfo {
                 tokens,
@@ -98,6 +98,15 @@ impl Job {
             delivery: common.delivery,
         };
         Ok(Self { requests, reply })
+    }
+}
+
+/// With whom a request shares cached prefixes: those of the same key and the same `cache_salt`. Blocks outlive a server
+/// on disk, so the key takes part although a server has but one; hashed, since this may be logged.
+fn tenant(shared: &Shared, cache_salt: &str) -> String {
+    match &shared.state.options.api_key {
+        Some(key) => format!("{}{cache_salt}", key.fingerprint()),
+        None => cache_salt.to_owned(),
     }
 }
 
@@ -154,12 +163,12 @@ async fn run(
         on_worker(shared, move |shared| prepare(shared, fields::parse_object(&body.bytes)?)).await?;
     tracing::info!(
         reply = %reply.id,
-        sequences = requests.len(),
+        sequences = requests.len() * reply.n,
         prompt_tokens = reply.prompts.iter().map(|prompt| prompt.tokens).sum::<usize>(),
         stream = reply.delivery.stream,
         "generating"
     );
-    let mut generation = Generation::start(shared, requests, permit)?;
+    let mut generation = Generation::start(shared, requests, reply.n, permit)?;
     if reply.delivery.stream {
         return Ok(SseStream::new(reply, generation, shared.state.options.timeouts.ping).into_response());
     }
@@ -193,6 +202,8 @@ async fn on_worker<T: Send + 'static>(
 /// The events of all choices of one request, in the order of their arrival.
 pub(super) struct Generation {
     events: mpsc::Receiver<(usize, Event)>,
+    /// Tokens of a prompt that were read, and all of them: two 32-bit halves.
+    progress: Arc<AtomicU64>,
     stopping: Pin<Box<dyn Future<Output = ()> + Send>>,
     /// Choices without an end yet.
     live: usize,
@@ -204,15 +215,24 @@ impl Generation {
     pub(super) fn start(
         shared: &Shared,
         requests: Vec<Request>,
+        n: usize,
         permit: OwnedSemaphorePermit,
     ) -> Result<Self, ApiError> {
         let (sender, events) = mpsc::channel(MOST_EVENTS);
-        let live = requests.len();
-        for (index, request) in requests.into_iter().enumerate() {
-            let sink = sink(sender.clone(), index, shared.state.options.timeouts.write_stall);
-            shared.state.engine.submit(request, sink)?;
+        let live = requests.len() * n;
+        let progress = Arc::new(AtomicU64::new(0));
+        for (prompt, request) in requests.into_iter().enumerate() {
+            let patience = shared.state.options.timeouts.write_stall;
+            let sink = |choice| sink(sender.clone(), prompt * n + choice, patience, Arc::clone(&progress));
+            shared.state.engine.submit_choices(request, (0..n).map(sink).collect())?;
         }
-        Ok(Self { events, stopping: Box::pin(shared.stopped()), live, _permit: permit })
+        Ok(Self { events, progress, stopping: Box::pin(shared.stopped()), live, _permit: permit })
+    }
+
+    /// How many tokens of how many of a prompt have been read, as far as is known.
+    pub(super) fn progress(&self) -> (u32, u32) {
+        let packed = self.progress.load(Ordering::Relaxed);
+        ((packed >> 32) as u32, packed as u32)
     }
 
     /// The next event; `None` after the last choice ended. An error is the last thing that comes.
@@ -247,7 +267,12 @@ impl Generation {
 }
 
 /// Never blocks the engine: a reader who falls behind is waited for a while by queueing, then given up.
-fn sink(sender: mpsc::Sender<(usize, Event)>, index: usize, patience: Duration) -> Sink {
+fn sink(
+    sender: mpsc::Sender<(usize, Event)>,
+    index: usize,
+    patience: Duration,
+    progress: Arc<AtomicU64>,
+) -> Sink {
     let mut behind_since: Option<Instant> = None;
     Box::new(move |event| {
         if sender.is_closed() {
@@ -259,6 +284,10 @@ fn sink(sender: mpsc::Sender<(usize, Event)>, index: usize, patience: Duration) 
             tracing::warn!("a reader stopped reading; its generation is cancelled");
             return false;
         }
-        matches!(event, Event::Prefill { .. }) || sender.try_send((index, event)).is_ok()
+        if let Event::Prefill { done, total } = event {
+            progress.store((done as u64) << 32 | total as u64, Ordering::Relaxed);
+            return true;
+        }
+        sender.try_send((index, event)).is_ok()
     })
 }

@@ -29,6 +29,11 @@ pub(super) const BODY_UNIT_BYTES: usize = 64 * 1024;
 pub struct ApiKey(String);
 
 impl ApiKey {
+    /// Tells keys apart without giving them away.
+    pub(super) fn fingerprint(&self) -> String {
+        blake3::hash(self.0.as_bytes()).to_hex().to_string()
+    }
+
     /// Compared in a time that depends on the length of `given` alone.
     pub(super) fn matches(&self, given: &[u8]) -> bool {
         let key = self.0.as_bytes();

@@ -11,6 +11,9 @@ use super::fields::{Fields, token_id};
 use super::messages;
 use crate::request::{SamplingParams, StopRule};
 
+/// Levels of priority; lower goes first.
+const PRIORITIES: std::ops::RangeInclusive<i64> = -1_000_000..=1_000_000;
+const MAX_SALT_BYTES: usize = 1024;
 /// Most choices of one prompt.
 pub(super) const MAX_CHOICES: u32 = 16;
 /// Most prompts times choices of one request.
@@ -68,6 +71,8 @@ pub(super) struct Common {
     pub(super) max_tokens: Option<usize>,
     pub(super) logprobs: Option<usize>,
     pub(super) skip_special_tokens: bool,
+    pub(super) priority: i32,
+    pub(super) cache_salt: String,
     pub(super) delivery: Delivery,
 }
 
@@ -207,8 +212,18 @@ fn common(fields: &mut Fields, rules: &Rules<'_>) -> Result<Common, ApiError> {
         max_tokens,
         logprobs: None,
         skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
+        priority: fields.integer("priority", PRIORITIES)?.unwrap_or(0) as i32,
+        cache_salt: cache_salt(fields)?,
         delivery: delivery(fields)?,
     })
+}
+
+fn cache_salt(fields: &mut Fields) -> Result<String, ApiError> {
+    let salt = fields.string("cache_salt")?.unwrap_or_default();
+    if salt.len() > MAX_SALT_BYTES {
+        return Err(ApiError::invalid("cache_salt", format_args!("is longer than {MAX_SALT_BYTES} bytes")));
+    }
+    Ok(salt)
 }
 
 fn sampling(fields: &mut Fields, rules: &Rules<'_>) -> Result<SamplingParams, ApiError> {
@@ -343,7 +358,7 @@ fn refuse_unimplemented(fields: &mut Fields) -> Result<(), ApiError> {
     fields.refuse("allowed_token_ids", "use 'logit_bias'")?;
     fields.refuse("truncate_prompt_tokens", "shorten the prompt before sending it")?;
     // Accepted for compatibility; none of them changes the tokens.
-    for name in ["user", "metadata", "service_tier", "store", "cache_salt", "priority", "safety_identifier"] {
+    for name in ["user", "metadata", "service_tier", "store", "safety_identifier"] {
         fields.take(name);
     }
     Ok(())

@@ -40,6 +40,7 @@ pub(super) struct Choice {
     /// Characters of the text before `logprobs[0]`.
     offset: usize,
     completion_tokens: usize,
+    cached_tokens: usize,
     pub(super) finish: Option<FinishReason>,
 }
 
@@ -108,6 +109,7 @@ impl Reply {
             Event::Finished { text, summary } => {
                 choice.text.push_str(&text);
                 choice.completion_tokens = summary.completion_tokens;
+                choice.cached_tokens = summary.cached_tokens;
                 choice.finish = Some(summary.reason);
             }
             Event::Failed(problem) => {
@@ -203,7 +205,7 @@ impl Reply {
     fn chunk_with(&self, choice: &Choice, object: Value) -> Value {
         let usage = match self.delivery {
             Delivery { continuous_usage: true, .. } => {
-                Some(usage(self.prompt(choice.index).tokens, choice.completion_tokens))
+                Some(usage(self.prompt(choice.index).tokens, choice.cached_tokens, choice.completion_tokens))
             }
             Delivery { include_usage: true, .. } => Some(Value::Null),
             _ => None,
@@ -302,16 +304,20 @@ impl Reply {
     /// A prompt counts once, however many choices continue it.
     fn usage(&self, choices: &[Choice]) -> Value {
         let prompt = self.prompts.iter().map(|prompt| prompt.tokens).sum();
-        usage(prompt, choices.iter().map(|choice| choice.completion_tokens).sum())
+        // So is what came from the cache: the least that any of its choices found.
+        let cached =
+            choices.chunks(self.n).map(|of_prompt| of_prompt.iter().map(|choice| choice.cached_tokens).min());
+        let completion = choices.iter().map(|choice| choice.completion_tokens).sum();
+        usage(prompt, cached.flatten().sum(), completion)
     }
 }
 
-fn usage(prompt: usize, completion: usize) -> Value {
+fn usage(prompt: usize, cached: usize, completion: usize) -> Value {
     json!({
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {"reasoning_tokens": 0},
     })
 }

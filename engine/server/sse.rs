@@ -97,7 +97,13 @@ impl Stream for SseStream {
             if this.quiet.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
-            this.out.extend_from_slice(b": ping\n\n");
+            // Readers skip comments; people who watch the wire see how far a long prompt is.
+            let progress = this.generation.as_ref().map(Generation::progress);
+            let comment = match progress.filter(|(done, total)| done < total) {
+                Some((done, total)) => format!(": prefill {done}/{total}\n\n"),
+                None => ": ping\n\n".to_owned(),
+            };
+            this.out.extend_from_slice(comment.as_bytes());
         }
         this.quiet.as_mut().reset(Instant::now() + this.ping);
         Poll::Ready(Some(Ok(std::mem::take(&mut this.out).into())))

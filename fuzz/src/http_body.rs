@@ -24,6 +24,7 @@ impl Generate for OneToken {
         let summary = Summary {
             reason: FinishReason::Length,
             prompt_tokens: request.prompt.len(),
+            cached_tokens: 0,
             completion_tokens: 1,
             queue_seconds: 0.0,
             time_to_first_token_seconds: 0.0,

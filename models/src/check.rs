@@ -321,7 +321,7 @@ mod tests {
     #[test]
     fn a_poisoned_weight_runs_and_is_found() {
         let Some([sound, poisoned]) = sound_and_poisoned() else { return };
-        let capacity = crate::Capacity { blocks: 1, batch_tokens: 64, logit_rows: LOGIT_ROWS };
+        let capacity = crate::Capacity::new(1, 64, LOGIT_ROWS);
         let runner = |model| crate::reference::ReferenceRunner::new(model, capacity).unwrap();
         let (mut a, mut b) =
             (runner(std::sync::Arc::clone(&sound)), runner(std::sync::Arc::clone(&poisoned)));

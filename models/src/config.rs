@@ -13,6 +13,7 @@ use kernels::experts::Activation;
 use kernels::rope::Rotation;
 use kernels::route::RouterRule;
 
+use crate::batch::BlockKind;
 use crate::quant::Quantisation;
 
 /// A whole decoder-only model.
@@ -167,6 +168,13 @@ pub struct Gqa {
     pub scale: f32,
 }
 
+impl Gqa {
+    /// The blocks that hold its keys and values.
+    pub fn block_kind(&self) -> BlockKind {
+        if self.window.is_some() { BlockKind::Window } else { BlockKind::Full }
+    }
+}
+
 /// The query side of latent attention.
 #[derive(Clone, Debug)]
 pub enum MlaQuery {
@@ -288,6 +296,14 @@ impl LayerSpec {
             Mixer::Mla(m) => CacheRows { widths: [m.kv_rank + m.rope_dim, 0], count: 1 },
         }
     }
+
+    /// The blocks that hold these rows.
+    pub fn block_kind(&self) -> BlockKind {
+        match &self.mixer {
+            Mixer::Gqa(gqa) => gqa.block_kind(),
+            Mixer::Mla(_) => BlockKind::Full,
+        }
+    }
 }
 
 /// What a layer caches per token.
@@ -313,5 +329,20 @@ impl ModelConfig {
     /// Cached values per token over all layers.
     pub fn cache_values_per_token(&self) -> usize {
         self.layers.iter().map(|layer| layer.cache_rows().total()).sum()
+    }
+
+    /// Cached values per token of the layers whose blocks are of a kind.
+    pub fn cache_values_of(&self, kind: BlockKind) -> usize {
+        let layers = self.layers.iter().filter(|layer| layer.block_kind() == kind);
+        layers.map(|layer| layer.cache_rows().total()).sum()
+    }
+
+    /// The widest window of layers that have one: behind it, their cache is read by none.
+    pub fn window(&self) -> Option<usize> {
+        let windows = self.layers.iter().map(|layer| match &layer.mixer {
+            Mixer::Gqa(gqa) => gqa.window,
+            Mixer::Mla(_) => None,
+        });
+        windows.flatten().max()
     }
 }

@@ -1,8 +1,9 @@
 //! The seam between what decides (engine) and what computes (runners): a [`Batch`] in, logits out.
 
+use kernels::attention::CacheType;
 use kernels::quantised::Precision;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, BlockKind};
 use crate::config::ModelConfig;
 use crate::error::Result;
 
@@ -29,6 +30,14 @@ impl Numerics {
         }
     }
 
+    /// How cached values are stored unless asked otherwise.
+    pub fn cache_type(self) -> CacheType {
+        match self {
+            Self::Reference => CacheType::F32,
+            Self::Model | Self::Int8Activations => CacheType::Bf16,
+        }
+    }
+
     /// Bits of activations that meet weights of 4 or 8 bits; none if those are dequantised.
     pub fn precision(self) -> Option<Precision> {
         match self {
@@ -42,12 +51,31 @@ impl Numerics {
 /// How much a runner is made for; fixed at start.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
-    /// Blocks of [`kernels::attention::PAGE`] tokens in the cache.
+    /// Blocks of [`PAGE_TOKENS`](crate::batch::PAGE_TOKENS) tokens in the cache, of layers that see everything.
     pub blocks: usize,
+    /// The same of layers with a window; nothing where the model has none.
+    pub window_blocks: usize,
+    /// How cached values are stored; `None` = as the numerics say.
+    pub cache_type: Option<CacheType>,
     /// Most tokens of one batch.
     pub batch_tokens: usize,
     /// Most rows of logits of one batch.
     pub logit_rows: usize,
+}
+
+impl Capacity {
+    /// The same blocks for layers with and without windows.
+    pub const fn new(blocks: usize, batch_tokens: usize, logit_rows: usize) -> Self {
+        Self { blocks, window_blocks: blocks, cache_type: None, batch_tokens, logit_rows }
+    }
+
+    /// Blocks of a kind.
+    pub fn blocks_of(&self, kind: BlockKind) -> usize {
+        match kind {
+            BlockKind::Full => self.blocks,
+            BlockKind::Window => self.window_blocks,
+        }
+    }
 }
 
 /// Runs a model on one kind of device and owns its cache.
@@ -68,6 +96,28 @@ pub trait Runner: Send {
     /// If a token id is outside the vocabulary or the batch exceeds the capacity; the cache then
     /// still holds what it held.
     fn forward(&mut self, batch: &Batch, probe: &mut dyn Probe, logits: &mut [f32]) -> Result<()>;
+
+    /// Bytes of a block of all layers of a kind, as [`Runner::read_block`] gives them.
+    fn block_bytes(&self, kind: BlockKind) -> usize;
+
+    /// Copies a block of all layers of a kind to `out`, [`Runner::block_bytes`] long, in a form that only
+    /// the same runner of the same model, numerics and cache type understands.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    fn read_block(&self, kind: BlockKind, block: u32, out: &mut [u8]);
+
+    /// Puts back what [`Runner::read_block`] gave, into any block.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    fn write_block(&mut self, kind: BlockKind, block: u32, bytes: &[u8]);
+
+    /// Makes block `to` a copy of `from`.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    fn copy_block(&mut self, kind: BlockKind, from: u32, to: u32);
 }
 
 /// A value inside a layer that `trace` and `check` look at. All are `[tokens, width]` in f32.

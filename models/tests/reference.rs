@@ -28,7 +28,7 @@ const CASES: &[&str] = &[
     "ernie4_5_moe",
     "hunyuan_v1_moe",
 ];
-const CAPACITY: Capacity = Capacity { blocks: 24, batch_tokens: 1024, logit_rows: 128 };
+const CAPACITY: Capacity = Capacity::new(24, 1024, 128);
 
 fn folder(case: &str) -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -185,6 +185,7 @@ fn play(
     let summary = Summary {
         reason,
         prompt_tokens: total,
+        cached_tokens: 0,
         completion_tokens,
         queue_seconds: 0.0,
         time_to_first_token_seconds: 0.0,

@@ -1,65 +1,16 @@
 //! The mixers on the cpu runner, and the cache they write and read.
 
-use kernels::attention::{
-    BatchQueries, CacheMut, CacheSlice, Gqa as GqaShape, Mla as MlaShape, Pages, Sequence, gqa_batch,
-    mla_batch, write_rows,
-};
+use kernels::attention::{BatchQueries, Gqa as GqaShape, Mla as MlaShape, Sequence, gqa_batch, mla_batch};
 use kernels::matmul::{Heads, matmul_heads, matmul_transposed_heads};
 use kernels::norm::{rms_norm_in_place, rms_norm_rows_in_place};
 use kernels::rows::{Rows, RowsMut};
 
+use super::cache::{LayerCache, Store};
 use super::{Angles, Step};
-use crate::batch::Batch;
-use crate::config::{CacheRows, Gqa, Mixer, Mla, MlaQuery, ModelConfig, QkNorm};
-use crate::runner::{Capacity, Component, Numerics};
+use crate::batch::{Batch, Places};
+use crate::config::{Gqa, Mixer, Mla, MlaQuery, ModelConfig, QkNorm};
+use crate::runner::{Capacity, Component};
 use crate::weights::{GqaWeights, MixerWeights, MlaQueryWeights, MlaWeights};
-
-/// One layer's cache: one store per kind of row the layer caches.
-pub struct LayerCache {
-    stores: Vec<Store>,
-}
-
-/// Rows of `width` values by slot. Zeroed memory is not resident before it is written.
-struct Store {
-    width: usize,
-    values: StoreValues,
-}
-
-enum StoreValues {
-    F32(Vec<f32>),
-    Bf16(Vec<u16>),
-}
-
-impl LayerCache {
-    pub fn new(rows: CacheRows, slots: usize, numerics: Numerics) -> Self {
-        let store = |&width: &usize| Store {
-            width,
-            values: match numerics {
-                Numerics::Reference => StoreValues::F32(vec![0.0; slots * width]),
-                Numerics::Model | Numerics::Int8Activations => StoreValues::Bf16(vec![0; slots * width]),
-            },
-        };
-        Self { stores: rows.widths().iter().map(store).collect() }
-    }
-}
-
-impl Store {
-    fn write(&mut self, slots: &[u32], rows: &[f32]) {
-        let cache = match &mut self.values {
-            StoreValues::F32(values) => CacheMut::F32(values),
-            StoreValues::Bf16(values) => CacheMut::Bf16(values),
-        };
-        write_rows(cache, self.width, slots, Rows::new(rows, self.width));
-    }
-
-    fn pages<'a>(&'a self, table: &'a [u32]) -> Pages<'a> {
-        let data = match &self.values {
-            StoreValues::F32(values) => CacheSlice::F32(values),
-            StoreValues::Bf16(values) => CacheSlice::Bf16(values),
-        };
-        Pages { data, row: self.width, table }
-    }
-}
 
 /// Buffers of the mixers, sized for the widest layer.
 pub struct AttentionScratch {
@@ -86,7 +37,8 @@ struct Sizes([usize; 8]);
 impl Sizes {
     fn of(config: &ModelConfig, capacity: &Capacity) -> Self {
         let tokens = capacity.batch_tokens;
-        let context = capacity.blocks * kernels::attention::PAGE;
+        let context =
+            config.max_positions.min(capacity.blocks.max(capacity.window_blocks) * kernels::attention::PAGE);
         let mut sizes = Self::default();
         for layer in &config.layers {
             let widths = match &layer.mixer {
@@ -191,13 +143,14 @@ impl AttentionScratch {
         }
 
         let [keys, values] = &mut cache.stores[..] else { unreachable!("keys and values") };
-        keys.write(&step.batch.slots, key);
-        values.write(&step.batch.slots, value);
+        let places = step.batch.places(spec.block_kind());
+        keys.write(&places.slots, key);
+        values.write(&places.slots, value);
         let shape = gqa_shape(spec, weights.sinks.as_deref());
         let mixed = &mut self.mixed[..tokens * q_width];
         step.enter(Component::Attention);
         let batch = step.batch;
-        let sequence = |index| sequence(batch, index, (keys, values));
+        let sequence = |index| sequence(batch, places, index, (keys, values));
         let queries = BatchQueries { rows: query, count: batch.sequences.len(), sequence: &sequence };
         gqa_batch(isa, &shape, queries, &mut self.spans, mixed);
         step.enter(Component::AttentionProjections);
@@ -239,7 +192,8 @@ impl AttentionScratch {
             }
         }
         let [latents] = &mut cache.stores[..] else { unreachable!("latents only") };
-        latents.write(&step.batch.slots, key);
+        let places = &step.batch.full;
+        latents.write(&places.slots, key);
 
         // Absorbed queries: per head `[q_nope W_UK | rotated q_rope]`.
         let query = &mut self.query[..tokens * heads * row];
@@ -262,7 +216,7 @@ impl AttentionScratch {
         let mixed = &mut self.mixed[..tokens * heads * rank];
         step.enter(Component::Attention);
         let batch = step.batch;
-        let sequence = |index| sequence(batch, index, (latents, latents));
+        let sequence = |index| sequence(batch, places, index, (latents, latents));
         let queries = BatchQueries { rows: query, count: batch.sequences.len(), sequence: &sequence };
         mla_batch(isa, &mla_shape(spec), queries, &mut self.spans, mixed);
         step.enter(Component::AttentionProjections);
@@ -281,9 +235,14 @@ impl AttentionScratch {
 }
 
 /// Where a sequence's queries are, and what they see.
-fn sequence<'a>(batch: &'a Batch, index: usize, (keys, values): (&'a Store, &'a Store)) -> Sequence<'a> {
+fn sequence<'a>(
+    batch: &Batch,
+    places: &'a Places,
+    index: usize,
+    (keys, values): (&'a Store, &'a Store),
+) -> Sequence<'a> {
     let span = &batch.sequences[index];
-    let table = batch.table(span);
+    let table = places.table(span);
     Sequence {
         first: span.first,
         tokens: span.tokens,

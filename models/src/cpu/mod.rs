@@ -6,12 +6,13 @@
 //! whole or in chunks.
 
 mod attention;
+mod cache;
 mod ffn;
 mod scratch;
 
 use std::sync::Arc;
 
-use kernels::attention::PAGE;
+use kernels::attention::{CacheType, PAGE};
 use kernels::matmul::{dequantize_row, matmul_with};
 use kernels::norm::rms_norm;
 use kernels::quantised::Activations;
@@ -21,12 +22,12 @@ use kernels::simd::Isa;
 use kernels::team::hold;
 
 use crate::Model;
-use crate::batch::Batch;
+use crate::batch::{Batch, BlockKind};
 use crate::config::{LayerSpec, Mixer, ModelConfig, Rope};
 use crate::error::Result;
 use crate::runner::{Capacity, Component, Numerics, Point, Probe, Runner};
 use crate::weights::LinearWeights;
-use attention::LayerCache;
+use cache::LayerCache;
 use scratch::Scratch;
 
 /// Runs a model on the host's cores.
@@ -49,9 +50,11 @@ impl CpuRunner {
     /// As [`CpuRunner::new`] with a given instruction set, for tests: all give the same bits.
     pub fn with_isa(model: Arc<Model>, numerics: Numerics, capacity: Capacity, isa: Isa) -> Self {
         let config = &model.config;
-        let slots = capacity.blocks * PAGE;
-        let caches = config.layers.iter().map(|layer| LayerCache::new(layer.cache_rows(), slots, numerics));
-        let caches = caches.collect();
+        let cache_type = cache_type(numerics, &capacity);
+        let cache = |layer: &LayerSpec| {
+            LayerCache::new(layer.cache_rows(), capacity.blocks_of(layer.block_kind()) * PAGE, cache_type)
+        };
+        let caches = config.layers.iter().map(cache).collect();
         let rotations = Rotations::new(config, capacity.batch_tokens);
         let scratch = Scratch::new(config, numerics, &capacity);
         Self { isa, numerics, capacity, caches, rotations, scratch, model }
@@ -59,13 +62,31 @@ impl CpuRunner {
 
     /// Bytes that [`CpuRunner::new`] would allocate: cache, then everything else.
     pub fn plan(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> (usize, usize) {
-        let value = match numerics {
-            Numerics::Reference => 4,
-            Numerics::Model | Numerics::Int8Activations => 2,
-        };
-        let cache = config.cache_values_per_token() * value * capacity.blocks * PAGE;
+        let blocks = |kind| Self::block_bytes(config, numerics, capacity, kind) * capacity.blocks_of(kind);
+        let cache = blocks(BlockKind::Full) + blocks(BlockKind::Window);
         (cache, Scratch::bytes(config, numerics, capacity))
     }
+
+    /// Bytes of one block of all layers of a kind.
+    pub fn block_bytes(
+        config: &ModelConfig,
+        numerics: Numerics,
+        capacity: &Capacity,
+        kind: BlockKind,
+    ) -> usize {
+        let cache_type = cache_type(numerics, capacity);
+        let layers = config.layers.iter().filter(|layer| layer.block_kind() == kind);
+        layers.map(|layer| LayerCache::block_bytes(layer.cache_rows(), cache_type)).sum()
+    }
+
+    fn caches_of(&mut self, kind: BlockKind) -> impl Iterator<Item = &mut LayerCache> {
+        let layers = self.model.config.layers.iter().zip(&mut self.caches);
+        layers.filter(move |(layer, _)| layer.block_kind() == kind).map(|(_, cache)| cache)
+    }
+}
+
+fn cache_type(numerics: Numerics, capacity: &Capacity) -> CacheType {
+    capacity.cache_type.unwrap_or(numerics.cache_type())
 }
 
 impl Runner for CpuRunner {
@@ -85,6 +106,30 @@ impl Runner for CpuRunner {
         batch.check(&self.capacity, self.model.config.vocab, logits.len())?;
         hold(|| self.step(batch, probe, logits));
         Ok(())
+    }
+
+    fn block_bytes(&self, kind: BlockKind) -> usize {
+        Self::block_bytes(&self.model.config, self.numerics, &self.capacity, kind)
+    }
+
+    fn read_block(&self, kind: BlockKind, block: u32, mut out: &mut [u8]) {
+        for (layer, cache) in self.model.config.layers.iter().zip(&self.caches) {
+            if layer.block_kind() == kind {
+                out = cache.read_block(block, out);
+            }
+        }
+        assert!(out.is_empty(), "{} bytes more than a block", out.len());
+    }
+
+    fn write_block(&mut self, kind: BlockKind, block: u32, mut bytes: &[u8]) {
+        for cache in self.caches_of(kind) {
+            bytes = cache.write_block(block, bytes);
+        }
+        assert!(bytes.is_empty(), "{} bytes more than a block", bytes.len());
+    }
+
+    fn copy_block(&mut self, kind: BlockKind, from: u32, to: u32) {
+        self.caches_of(kind).for_each(|cache| cache.copy_block(from, to));
     }
 }
 

@@ -29,6 +29,21 @@ impl LayerCache {
         Self { kinds: layer.cache_rows().widths().iter().map(rows).collect() }
     }
 
+    /// The values of a block, kind after kind.
+    pub(super) fn block(&self, block: u32) -> impl Iterator<Item = &f32> {
+        self.kinds
+            .iter()
+            .flat_map(move |(width, rows)| &rows[block as usize * PAGE * width..][..PAGE * width])
+    }
+
+    /// As [`LayerCache::block`], to write to.
+    pub(super) fn block_mut(&mut self, block: u32) -> impl Iterator<Item = &mut f32> {
+        self.kinds.iter_mut().flat_map(move |(width, rows)| {
+            let len = PAGE * *width;
+            &mut rows[block as usize * len..][..len]
+        })
+    }
+
     /// Writes one row per slot: `rows` is `[slots, width]`.
     fn write(&mut self, kind: usize, slots: &[u32], rows: &Tensor) -> Result<()> {
         let (width, cache) = &mut self.kinds[kind];
@@ -83,8 +98,9 @@ pub(super) fn gqa(
     if matches!(spec.qk_norm, QkNorm::PerHeadAfterRope { .. }) {
         (q, k) = (norm(q, &weights.q_norm)?, norm(k, &weights.k_norm)?);
     }
-    cache.write(0, &batch.slots, &k)?;
-    cache.write(1, &batch.slots, &v)?;
+    let places = batch.places(spec.block_kind());
+    cache.write(0, &places.slots, &k)?;
+    cache.write(1, &places.slots, &v)?;
 
     let rule = Rule { scale: spec.scale, window: spec.window, sinks: weights.sinks.as_deref() };
     let mut outputs = Vec::new();
@@ -92,8 +108,8 @@ pub(super) fn gqa(
         let (start, end) = positions(batch, span);
         let q = q.narrow(0, span.first, span.tokens)?;
         let shape = (end, spec.kv_heads, spec.head_dim);
-        let k = cache.gather(0, batch.table(span), end)?.reshape(shape)?;
-        let v = cache.gather(1, batch.table(span), end)?.reshape(shape)?;
+        let k = cache.gather(0, places.table(span), end)?.reshape(shape)?;
+        let v = cache.gather(1, places.table(span), end)?.reshape(shape)?;
         outputs.push(attend(&q, &k, &v, &rule, start)?);
     }
     tensors.linear(&Tensor::cat(&outputs, 0)?, &weights.o)
@@ -130,13 +146,13 @@ pub(super) fn mla(
     let kv = tensors.linear(x, &weights.kv_a)?;
     let latent = rms_norm(&kv.narrow(1, 0, kv_rank)?, &weights.kv_norm, spec.latent_epsilon)?;
     let k_rope = rotated(kv.narrow(1, kv_rank, rope_dim)?.unsqueeze(1)?)?.squeeze(1)?;
-    cache.write(0, &batch.slots, &Tensor::cat(&[&latent, &k_rope], 1)?)?;
+    cache.write(0, &batch.full.slots, &Tensor::cat(&[&latent, &k_rope], 1)?)?;
 
     let rule = Rule { scale: spec.scale, window: None, sinks: None };
     let mut outputs = Vec::new();
     for span in &batch.sequences {
         let (start, end) = positions(batch, span);
-        let rows = cache.gather(0, batch.table(span), end)?;
+        let rows = cache.gather(0, batch.full.table(span), end)?;
         // Per head rows [W_UK | W_UV]: [end, heads, nope + value].
         let latent = rows.narrow(1, 0, kv_rank)?.contiguous()?;
         let up = tensors.linear(&latent, &weights.kv_b)?.reshape((end, heads, nope_dim + value_dim))?;

@@ -11,10 +11,10 @@ mod tensors;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use kernels::attention::PAGE;
+use kernels::attention::{CacheType, PAGE};
 
 use crate::Model;
-use crate::batch::Batch;
+use crate::batch::{Batch, BlockKind};
 use crate::config::{Ffn, LayerSpec, Mixer, ModelConfig, Residual};
 use crate::error::{Error, Result};
 use crate::runner::{Capacity, Numerics, Point, Probe, Runner};
@@ -43,10 +43,23 @@ impl ReferenceRunner {
     /// # Errors
     /// If the slots of the cache cannot be counted.
     pub fn new(model: Arc<Model>, capacity: Capacity) -> Result<Self> {
-        let slots = capacity.blocks.checked_mul(PAGE).filter(|slots| u32::try_from(*slots).is_ok());
-        let slots = slots.ok_or_else(|| Error::Run(format!("{} blocks are too many", capacity.blocks)))?;
-        let caches = model.config.layers.iter().map(|layer| LayerCache::new(layer, slots)).collect();
+        let most = capacity.blocks.max(capacity.window_blocks);
+        if most.checked_mul(PAGE).is_none_or(|slots| u32::try_from(slots).is_err()) {
+            return Err(Error::Run(format!("{most} blocks are too many")));
+        }
+        if let Some(cache_type) = capacity.cache_type.filter(|cache_type| *cache_type != CacheType::F32) {
+            let message = format!("the reference runner caches f32, not {cache_type:?}");
+            return Err(Error::Run(message));
+        }
+        let cache = |layer: &LayerSpec| LayerCache::new(layer, capacity.blocks_of(layer.block_kind()) * PAGE);
+        let caches = model.config.layers.iter().map(cache).collect();
         Ok(Self { model, capacity, caches, tensors: Tensors::new() })
+    }
+
+    /// The caches of a kind.
+    fn caches_of(&self, kind: BlockKind) -> impl Iterator<Item = &LayerCache> {
+        let layers = self.model.config.layers.iter().zip(&self.caches);
+        layers.filter(move |(layer, _)| layer.block_kind() == kind).map(|(_, cache)| cache)
     }
 
     /// One decoder layer on the residual stream `x` `[tokens, hidden]`.
@@ -121,6 +134,37 @@ impl Runner for ReferenceRunner {
         report(probe, model.config.layers.len().saturating_sub(1), Point::FinalNorm, &x)?;
         logits.copy_from_slice(&values(&self.tensors.product(&x, &model.weights.head)?)?);
         Ok(())
+    }
+
+    fn block_bytes(&self, kind: BlockKind) -> usize {
+        self.model.config.cache_values_of(kind) * PAGE * 4
+    }
+
+    fn read_block(&self, kind: BlockKind, block: u32, out: &mut [u8]) {
+        assert_eq!(out.len(), self.block_bytes(kind), "bytes of a block");
+        let values = self.caches_of(kind).flat_map(|cache| cache.block(block));
+        for (out, value) in out.as_chunks_mut().0.iter_mut().zip(values) {
+            *out = value.to_le_bytes();
+        }
+    }
+
+    fn write_block(&mut self, kind: BlockKind, block: u32, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.block_bytes(kind), "bytes of a block");
+        let mut values = bytes.as_chunks().0.iter();
+        for (layer, cache) in self.model.config.layers.iter().zip(&mut self.caches) {
+            if layer.block_kind() == kind {
+                cache
+                    .block_mut(block)
+                    .zip(&mut values)
+                    .for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
+            }
+        }
+    }
+
+    fn copy_block(&mut self, kind: BlockKind, from: u32, to: u32) {
+        let mut bytes = vec![0; self.block_bytes(kind)];
+        self.read_block(kind, from, &mut bytes);
+        self.write_block(kind, to, &bytes);
     }
 }
 
