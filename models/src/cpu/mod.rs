@@ -12,7 +12,6 @@ mod scratch;
 
 use std::sync::Arc;
 
-use kernels::attention::{CacheType, PAGE};
 use kernels::matmul::{dequantize_row, matmul_with};
 use kernels::norm::rms_norm;
 use kernels::quantised::Activations;
@@ -27,8 +26,9 @@ use crate::config::{LayerSpec, Mixer, ModelConfig, Rope};
 use crate::error::Result;
 use crate::runner::{Capacity, Component, Numerics, Point, Probe, Runner};
 use crate::weights::LinearWeights;
-use cache::LayerCache;
 use scratch::Scratch;
+
+pub use cache::{KvCache, LayerCache, Store};
 
 /// Runs a model on the host's cores.
 pub struct CpuRunner {
@@ -36,7 +36,7 @@ pub struct CpuRunner {
     isa: Isa,
     numerics: Numerics,
     capacity: Capacity,
-    caches: Vec<LayerCache>,
+    cache: KvCache,
     rotations: Rotations,
     scratch: Scratch,
 }
@@ -50,43 +50,16 @@ impl CpuRunner {
     /// As [`CpuRunner::new`] with a given instruction set, for tests: all give the same bits.
     pub fn with_isa(model: Arc<Model>, numerics: Numerics, capacity: Capacity, isa: Isa) -> Self {
         let config = &model.config;
-        let cache_type = cache_type(numerics, &capacity);
-        let cache = |layer: &LayerSpec| {
-            LayerCache::new(layer.cache_rows(), capacity.blocks_of(layer.block_kind()) * PAGE, cache_type)
-        };
-        let caches = config.layers.iter().map(cache).collect();
+        let cache = KvCache::new(config, numerics, &capacity);
         let rotations = Rotations::new(config, capacity.batch_tokens);
         let scratch = Scratch::new(config, numerics, &capacity);
-        Self { isa, numerics, capacity, caches, rotations, scratch, model }
+        Self { isa, numerics, capacity, cache, rotations, scratch, model }
     }
 
     /// Bytes that [`CpuRunner::new`] would allocate: cache, then everything else.
     pub fn plan(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> (usize, usize) {
-        let blocks = |kind| Self::block_bytes(config, numerics, capacity, kind) * capacity.blocks_of(kind);
-        let cache = blocks(BlockKind::Full) + blocks(BlockKind::Window);
-        (cache, Scratch::bytes(config, numerics, capacity))
+        (KvCache::bytes(config, numerics, capacity), Scratch::bytes(config, numerics, capacity))
     }
-
-    /// Bytes of one block of all layers of a kind.
-    pub fn block_bytes(
-        config: &ModelConfig,
-        numerics: Numerics,
-        capacity: &Capacity,
-        kind: BlockKind,
-    ) -> usize {
-        let cache_type = cache_type(numerics, capacity);
-        let layers = config.layers.iter().filter(|layer| layer.block_kind() == kind);
-        layers.map(|layer| LayerCache::block_bytes(layer.cache_rows(), cache_type)).sum()
-    }
-
-    fn caches_of(&mut self, kind: BlockKind) -> impl Iterator<Item = &mut LayerCache> {
-        let layers = self.model.config.layers.iter().zip(&mut self.caches);
-        layers.filter(move |(layer, _)| layer.block_kind() == kind).map(|(_, cache)| cache)
-    }
-}
-
-fn cache_type(numerics: Numerics, capacity: &Capacity) -> CacheType {
-    capacity.cache_type.unwrap_or(numerics.cache_type())
 }
 
 impl Runner for CpuRunner {
@@ -109,34 +82,26 @@ impl Runner for CpuRunner {
     }
 
     fn block_bytes(&self, kind: BlockKind) -> usize {
-        Self::block_bytes(&self.model.config, self.numerics, &self.capacity, kind)
+        KvCache::block_bytes(&self.model.config, self.numerics, &self.capacity, kind)
     }
 
-    fn read_block(&self, kind: BlockKind, block: u32, mut out: &mut [u8]) {
-        for (layer, cache) in self.model.config.layers.iter().zip(&self.caches) {
-            if layer.block_kind() == kind {
-                out = cache.read_block(block, out);
-            }
-        }
-        assert!(out.is_empty(), "{} bytes more than a block", out.len());
+    fn read_block(&self, kind: BlockKind, block: u32, out: &mut [u8]) {
+        self.cache.read_block(kind, block, out);
     }
 
-    fn write_block(&mut self, kind: BlockKind, block: u32, mut bytes: &[u8]) {
-        for cache in self.caches_of(kind) {
-            bytes = cache.write_block(block, bytes);
-        }
-        assert!(bytes.is_empty(), "{} bytes more than a block", bytes.len());
+    fn write_block(&mut self, kind: BlockKind, block: u32, bytes: &[u8]) {
+        self.cache.write_block(kind, block, bytes);
     }
 
     fn copy_block(&mut self, kind: BlockKind, from: u32, to: u32) {
-        self.caches_of(kind).for_each(|cache| cache.copy_block(from, to));
+        self.cache.copy_block(kind, from, to);
     }
 }
 
 impl CpuRunner {
     /// [`Runner::forward`] of a batch that was checked.
     fn step(&mut self, batch: &Batch, probe: &mut dyn Probe, logits: &mut [f32]) {
-        let Self { model, isa, caches, rotations, scratch, .. } = self;
+        let Self { model, isa, cache, rotations, scratch, .. } = self;
         let (config, weights, isa) = (&model.config, &model.weights, *isa);
         let (tokens, hidden) = (batch.tokens.len(), config.hidden);
         if tokens == 0 {
@@ -160,7 +125,7 @@ impl CpuRunner {
             let step = &mut Step { isa, config, layer, weights, batch, index, angles, activations, probe };
             rms_norm(isa, stream, Some(&weights.input_norm), config.norm_epsilon, hidden, normed);
             report(step.probe, index, Point::MixerNorm, normed);
-            attention.run(step, &mut caches[index], normed, output);
+            attention.run(step, cache.layer_mut(index), normed, output);
             step.enter(Component::Other);
             report(step.probe, index, Point::MixerOut, output);
             add(stream, output);
