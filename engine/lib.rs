@@ -34,6 +34,7 @@ pub mod sequence;
 pub mod server;
 pub mod session;
 pub mod stop;
+pub mod store;
 pub mod template;
 pub mod tokenizer;
 pub mod trace;
