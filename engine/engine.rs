@@ -3,6 +3,7 @@
 //! A request that can never fit is refused at once. What is accepted runs to its end: under pressure it may lose its
 //! cache blocks for a while ([`scheduler`](crate::scheduler)), never its place.
 
+mod archive;
 mod state;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,8 +24,12 @@ use crate::sampler::Sampler;
 use crate::scheduler::Limits;
 use crate::sequence::Parts;
 use crate::stop::StopMatcher;
+use crate::store::{Loaded, StoreError};
 use crate::tokenizer::Tokenizer;
+use archive::Archive;
 use state::State;
+
+pub use archive::ArchiveOptions;
 
 /// Limits of an engine, fixed at start. The runner must have been made for them.
 #[derive(Clone, Copy, Debug)]
@@ -88,10 +93,21 @@ pub struct EngineParts {
     pub tokenizer: Arc<Tokenizer>,
     /// Whose threads the runner's kernels use.
     pub pool: Arc<rayon::ThreadPool>,
-    /// Names cached content.
-    pub hasher: PrefixHasher,
+    /// What cached content depends on besides tokens ([`identity`](crate::prefix::identity)).
+    pub identity: [u8; 32],
+    /// Where cached prefixes outlive the engine.
+    pub archive: Option<ArchiveOptions>,
     /// Sees every step.
     pub observer: Option<Observer>,
+}
+
+/// What comes to the loop.
+enum Message {
+    Arrival(Box<Arrival>),
+    /// A block from disk.
+    Loaded(Loaded),
+    /// The end.
+    Stop,
 }
 
 /// A request that was accepted, on its way to the loop.
@@ -106,7 +122,7 @@ struct Arrival {
 /// A running engine. Dropping it ends its thread after the current step; generations that still
 /// run are told so.
 pub struct Engine {
-    arrivals: Mutex<Option<Sender<Arrival>>>,
+    messages: Mutex<Option<Sender<Message>>>,
     thread: Option<JoinHandle<()>>,
     shared: Arc<Shared>,
     options: EngineOptions,
@@ -125,21 +141,34 @@ struct Shared {
 impl Engine {
     /// Starts the loop on a worker of the pool.
     ///
+    /// # Errors
+    /// If the archive cannot be opened.
+    ///
     /// # Panics
     /// If the options are not consistent.
-    pub fn start(parts: EngineParts, options: EngineOptions) -> Self {
-        let EngineParts { runner, tokenizer, pool, hasher, observer } = parts;
+    pub fn start(parts: EngineParts, options: EngineOptions) -> Result<Self, StoreError> {
+        let EngineParts { runner, tokenizer, pool, identity, archive, observer } = parts;
         assert!(options.context <= options.blocks * PAGE_TOKENS, "one request fits: {options:?}");
         let (sender, receiver) = channel();
+        let loaded = sender.clone();
+        // A loop that has ended needs no block.
+        let notify = move |block| drop(loaded.send(Message::Loaded(block)));
+        let archive = archive.map(|options| Archive::open(&options, &*runner, notify)).transpose()?;
+        let hasher = match &archive {
+            Some(archive) => PrefixHasher::new(archive.secret(), identity),
+            None => PrefixHasher::random(identity),
+        };
         let shared = Arc::new(Shared { waiting: AtomicUsize::new(0), stopping: AtomicBool::new(false) });
         let vocab = runner.config().vocab;
         let loop_shared = Arc::clone(&shared);
-        let mut state = State::new(runner, options, hasher.clone(), observer, (loop_shared, receiver));
+        let mut state =
+            State::new(runner, options, hasher.clone(), (archive, observer), (loop_shared, receiver));
         // Inside the pool, so that a step's parallel parts need no hand-over to it.
         let body = move || pool.install(|| state.run());
         let thread = std::thread::Builder::new().name("engine".into()).spawn(body);
         let thread = Some(thread.expect("the system can start one thread"));
-        Self { arrivals: Mutex::new(Some(sender)), thread, shared, options, vocab, tokenizer, hasher }
+        let messages = Mutex::new(Some(sender));
+        Ok(Self { messages, thread, shared, options, vocab, tokenizer, hasher })
     }
 
     fn validate(&self, request: &Request) -> Result<(), SubmitError> {
@@ -190,13 +219,14 @@ impl Generate for Engine {
         }
         let mut chain = self.hasher.chain(&request.cache_salt);
         let keys = self.hasher.extend(&mut chain, &request.prompt);
-        let arrivals = self.arrivals.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let sender = arrivals.as_ref().ok_or(SubmitError::Stopped)?;
+        let messages = self.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let sender = messages.as_ref().ok_or(SubmitError::Stopped)?;
         if full() {
             return Err(SubmitError::QueueFull { limit });
         }
         self.shared.waiting.fetch_add(1, Ordering::AcqRel);
-        sender.send(Arrival { request, choices, keys, chain }).map_err(|_| SubmitError::Stopped)
+        let arrival = Box::new(Arrival { request, choices, keys, chain });
+        sender.send(Message::Arrival(arrival)).map_err(|_| SubmitError::Stopped)
     }
 
     fn context(&self) -> usize {
@@ -211,8 +241,10 @@ impl Generate for Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
-        let sender = self.arrivals.get_mut().map(Option::take);
-        drop(sender);
+        // The archive keeps a sender, so the loop does not end by this alone.
+        if let Ok(sender) = self.messages.get_mut() {
+            drop(sender.take().map(|sender| sender.send(Message::Stop)));
+        }
         if let Some(thread) = self.thread.take() {
             // A panic of the loop has been reported by the panic hook already.
             let _ = thread.join();

@@ -13,6 +13,8 @@ pub enum Error {
     Tokenizer(crate::tokenizer::TokenizerError),
     /// The chat template.
     Template(crate::template::TemplateError),
+    /// The prefix cache's folder.
+    Store(crate::store::StoreError),
     /// The engine refused a request.
     Submit(crate::request::SubmitError),
     /// A file that is read or written for the user.
@@ -28,6 +30,7 @@ impl fmt::Display for Error {
             Self::Hub(error) => error.fmt(f),
             Self::Tokenizer(error) => error.fmt(f),
             Self::Template(error) => error.fmt(f),
+            Self::Store(error) => error.fmt(f),
             Self::Submit(error) => error.fmt(f),
             Self::Io(path, error) => write!(f, "{path}: {error}"),
             Self::Unsupported(message) => f.write_str(message),
@@ -52,5 +55,6 @@ from! {
     Hub(crate::hub::HubError),
     Tokenizer(crate::tokenizer::TokenizerError),
     Template(crate::template::TemplateError),
+    Store(crate::store::StoreError),
     Submit(crate::request::SubmitError),
 }

@@ -365,15 +365,16 @@ impl Scheduler {
         })
     }
 
-    /// The step has run these tokens of a sequence; `published` hears of the blocks they filled.
-    pub fn ran(&mut self, share: Share, mut published: impl FnMut(BlockKey)) {
+    /// The step has run these tokens of a sequence; `published` hears of the blocks they filled: which of the
+    /// sequence's, and their keys.
+    pub fn ran(&mut self, share: Share, mut published: impl FnMut(usize, BlockKey)) {
         let Some(entry) = self.running.get_mut(&share.sequence) else { return };
         let claims = &mut self.claims;
-        entry.advance(&mut self.kinds, share.tokens, |key| {
+        entry.advance(&mut self.kinds, share.tokens, |index, key| {
             if claims.get(&key) == Some(&share.sequence) {
                 claims.remove(&key);
             }
-            published(key);
+            published(index, key);
         });
     }
 
@@ -419,6 +420,12 @@ impl Scheduler {
     /// The blocks of a running sequence.
     pub fn tables(&self, sequence: SequenceId) -> Tables<'_> {
         self.running[&sequence].tables(self.kinds.len())
+    }
+
+    /// The keys of the blocks that the known tokens of a sequence fill.
+    pub fn keys(&self, sequence: SequenceId) -> &[BlockKey] {
+        let entry = self.running.get(&sequence).or_else(|| self.waiting.get(&sequence));
+        entry.map_or(&[], |entry| &entry.keys)
     }
 
     /// How many tokens of a sequence are cached, and how many are known.

@@ -103,9 +103,11 @@ impl Sequence {
         self.cached_tokens.is_none()
     }
 
-    /// It runs, and so many of its tokens came from the cache.
+    /// It runs, and so many of its tokens come from the cache. (Again, if they could not be had from disk.)
     pub fn admitted(&mut self, cached_tokens: usize) {
-        self.cached_tokens.get_or_insert(cached_tokens);
+        if self.started.is_none() {
+            self.cached_tokens = Some(cached_tokens);
+        }
     }
 
     /// It was part of a step that began at `begun`; `done` of its tokens have been read. Whether its callers still wait is

@@ -9,11 +9,12 @@ use models::reference::ReferenceRunner;
 use models::{Capacity, Model, Numerics, Runner};
 use serde_json::json;
 
-use crate::engine::{Engine, EngineParts};
+use crate::engine::{ArchiveOptions, Engine, EngineParts};
 use crate::error::Error;
 use crate::loaded::{DenseFormat, Loaded};
 use crate::memory::{self, MemoryPlan};
-use crate::prefix::{self, PrefixHasher};
+use crate::prefix;
+use crate::report::Observer;
 use crate::request::{Event, Generate, Request, Summary};
 use crate::tokenizer::Specials;
 
@@ -42,6 +43,8 @@ pub struct SessionOptions {
     pub sequences: usize,
     /// Form of the float weights.
     pub dense: DenseFormat,
+    /// Where cached prefixes outlive the engine; `None` = nowhere.
+    pub archive: Option<ArchiveOptions>,
 }
 
 impl SessionOptions {
@@ -121,8 +124,20 @@ impl Session {
     /// Starts an engine for a loaded model.
     ///
     /// # Errors
-    /// If the machine cannot hold the plan.
+    /// If the machine cannot hold the plan, or the archive cannot be opened.
     pub fn start(loaded: Loaded, options: &SessionOptions) -> Result<Self, Error> {
+        Self::start_watched(loaded, options, None)
+    }
+
+    /// [`Session::start`] with somebody who sees every step.
+    ///
+    /// # Errors
+    /// As [`Session::start`].
+    pub fn start_watched(
+        loaded: Loaded,
+        options: &SessionOptions,
+        observer: Option<Observer>,
+    ) -> Result<Self, Error> {
         let begun = Instant::now();
         let model = &loaded.model;
         let weights = (model.weight_bytes(), model.q8.map_or(0, |copy| copy.copied_bytes));
@@ -139,10 +154,11 @@ impl Session {
             runner,
             tokenizer: Arc::clone(&loaded.tokenizer),
             pool,
-            hasher: PrefixHasher::random(identity),
-            observer: None,
+            identity,
+            archive: options.archive.clone(),
+            observer,
         };
-        let engine = Engine::start(parts, limits);
+        let engine = Engine::start(parts, limits)?;
         Ok(Self {
             engine: Arc::new(engine),
             plan,

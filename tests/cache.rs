@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use models::cpu::CpuRunner;
 use models::{Checkpoint, Model, Numerics};
-use moebius::engine::{Engine, EngineOptions, EngineParts};
-use moebius::prefix::{PrefixHasher, identity};
+use moebius::engine::{ArchiveOptions, Engine, EngineOptions, EngineParts};
+use moebius::prefix::identity;
 use moebius::report::StepReport;
 use moebius::request::{Event, Generate, Request, SamplingParams, StopRule, Summary};
 use moebius::tokenizer::Tokenizer;
@@ -34,6 +34,16 @@ fn options(model: &Model, context: usize, running: usize) -> EngineOptions {
 }
 
 fn start(name: &str, model: &Arc<Model>, numerics: Numerics, options: EngineOptions) -> Watched {
+    start_with(name, model, numerics, options, None)
+}
+
+fn start_with(
+    name: &str,
+    model: &Arc<Model>,
+    numerics: Numerics,
+    options: EngineOptions,
+    archive: Option<ArchiveOptions>,
+) -> Watched {
     let read = |file: &str| Ok(std::fs::read(folder(name).join(file)).ok());
     let tokenizer = Arc::new(Tokenizer::load(&read).unwrap());
     let runner = CpuRunner::new(Arc::clone(model), numerics, options.capacity());
@@ -42,11 +52,12 @@ fn start(name: &str, model: &Arc<Model>, numerics: Numerics, options: EngineOpti
     let parts = EngineParts {
         tokenizer,
         pool: Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap()),
-        hasher: PrefixHasher::random(identity(model, &runner, "test")),
+        identity: identity(model, &runner, "test"),
+        archive,
         runner: Box::new(runner),
         observer: Some(Box::new(move |step| seen.lock().unwrap().push(*step))),
     };
-    Watched { engine: Engine::start(parts, options), steps, vocab: model.config.vocab }
+    Watched { engine: Engine::start(parts, options).unwrap(), steps, vocab: model.config.vocab }
 }
 
 fn open(name: &str) -> Arc<Model> {
@@ -258,4 +269,99 @@ fn who_leaves_gives_back_and_hands_over() {
         drop(watched.submit(Request { max_tokens: Some(200), ..request }, choices));
     }
     watched.wait_idle();
+}
+
+/// A folder of a test's own, gone with it.
+struct TempFolder(PathBuf);
+
+impl TempFolder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("moebius-cache-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        Self(path)
+    }
+
+    fn archive(&self) -> Option<ArchiveOptions> {
+        Some(ArchiveOptions { folder: self.0.clone(), limit_bytes: 1 << 30 })
+    }
+
+    /// The files of blocks.
+    fn blocks(&self) -> Vec<PathBuf> {
+        let entries = |path: &std::path::Path| {
+            std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>()
+        };
+        let folders = entries(&self.0).into_iter().filter(|path| path.is_dir());
+        folders.flat_map(|folder| entries(&folder)).collect()
+    }
+}
+
+impl Drop for TempFolder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn a_restart_finds_what_was_saved_and_trusts_no_damage() {
+    for name in CASES {
+        let model = open(name);
+        let folder = TempFolder::new(name);
+        let start = || start_with(name, &model, Numerics::Model, options(&model, 512, 2), folder.archive());
+        let ask = |watched: &Watched, length: usize| {
+            collect(&watched.submit(request(watched.prompt(1, 0, length), 8, "a"), 1)[0])
+        };
+        let cold = start();
+        let (expected, summary) = ask(&cold, 300);
+        assert_eq!(summary.cached_tokens, 0);
+        drop(cold);
+        assert_eq!(folder.blocks().len(), 4, "{name}: an engine that ends saves what it has");
+
+        let warm = start();
+        let (said, summary) = ask(&warm, 300);
+        assert_eq!((said, summary.cached_tokens), (expected.clone(), 256), "{name}");
+        let (_, summary) = ask(&warm, 200);
+        assert_eq!(summary.cached_tokens, 192, "{name}: from memory now");
+        drop(warm);
+
+        // The third block is damaged: the first two serve, and it is computed and saved again.
+        let mut blocks = folder.blocks();
+        // Of one chain the deepest is marked as the oldest.
+        blocks.sort_by_key(|path| path.metadata().unwrap().modified().unwrap());
+        let mut bytes = std::fs::read(&blocks[1]).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&blocks[1], bytes).unwrap();
+        let wary = start();
+        let (said, summary) = ask(&wary, 300);
+        assert_eq!((said, summary.cached_tokens), (expected.clone(), 128), "{name}: damage is not trusted");
+        drop(wary);
+        let healed = start();
+        let (said, summary) = ask(&healed, 300);
+        assert_eq!((said, summary.cached_tokens), (expected, 256), "{name}");
+    }
+}
+
+#[test]
+fn what_memory_had_no_room_for_comes_back_from_disk() {
+    for name in ["kimi_k2_int4", "gpt_oss_mxfp4"] {
+        let model = open(name);
+        let folder = TempFolder::new(&format!("small-{name}"));
+        let mut options = options(&model, 384, 2);
+        (options.blocks, options.window) = (6, options.window.map(|(window, _)| (window, 6)));
+        let watched = start_with(name, &model, Numerics::Model, options, folder.archive());
+        let ask = |seed| watched.submit(request(watched.prompt(seed, 0, 300), 8, ""), 1).remove(0);
+        let expected: Vec<Said> = (0..4).map(|seed| collect(&ask(seed)).0).collect();
+        // One leaves while its blocks are on their way.
+        drop(ask(0));
+        let mut hits = 0;
+        for round in 0..3 {
+            for (seed, expected) in expected.iter().enumerate() {
+                let (said, summary) = collect(&ask(seed));
+                assert_eq!(&said, expected, "{name}: prompt {seed}, round {round}");
+                hits += summary.cached_tokens;
+            }
+        }
+        // Memory holds one prompt; a block may be gone before the disk had time for it.
+        assert!(hits >= 8 * 256, "{name}: {hits} tokens");
+        assert!(watched.sum(|step| step.restoring) > 0);
+    }
 }

@@ -147,6 +147,7 @@ impl ComputeArgs {
             runner: self.runner.into(),
             context: self.context,
             sequences: 1,
+            archive: None,
         };
         if numerics.is_some_and(|numerics| numerics != options.numerics()) {
             eprintln!("warning: the reference runner always computes in f32 (--numerics reference)");

@@ -1,23 +1,27 @@
 //! The loop: one thread owns the runner, its cache and every sequence. Front ends talk to it through
 //! [`Engine`](super::Engine) and hear back through each request's sink.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use models::batch::BlockKind;
 use models::{Batch, NoProbe, Runner, WantLogits};
 
-use super::{Arrival, EngineOptions, Shared};
+use super::archive::Archive;
+use super::{Arrival, EngineOptions, Message, Shared};
 use crate::prefix::PrefixHasher;
 use crate::report::{Observer, StepReport};
 use crate::request::{FinishReason, SubmitError};
 use crate::sampler::Scratch;
 use crate::scheduler::{Plan, Scheduler, SequenceId, Share};
 use crate::sequence::Sequence;
+use crate::store::Use;
 
+/// How often blocks are handed to the disk while there is nothing else to do.
+const SAVE_EVERY: Duration = Duration::from_millis(2);
 /// How often callers whose request does not run are asked whether they still wait.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 
@@ -28,7 +32,11 @@ pub(super) struct State {
     hasher: PrefixHasher,
     observer: Option<Observer>,
     shared: Arc<Shared>,
-    arrivals: Receiver<Arrival>,
+    messages: Receiver<Message>,
+    /// The disk, if there is one.
+    archive: Option<Archive>,
+    /// When the chains of those that run were last used, as the archive counts.
+    uses: HashMap<SequenceId, Use>,
     scheduler: Scheduler,
     plan: Plan,
     /// Those that wait and those that run.
@@ -45,8 +53,8 @@ impl State {
         runner: Box<dyn Runner>,
         options: EngineOptions,
         hasher: PrefixHasher,
-        observer: Option<Observer>,
-        (shared, arrivals): (Arc<Shared>, Receiver<Arrival>),
+        (archive, observer): (Option<Archive>, Option<Observer>),
+        (shared, messages): (Arc<Shared>, Receiver<Message>),
     ) -> Self {
         let vocab = runner.config().vocab;
         Self {
@@ -55,7 +63,9 @@ impl State {
             hasher,
             observer,
             shared,
-            arrivals,
+            messages,
+            archive,
+            uses: HashMap::new(),
             scheduler: Scheduler::new(options.limits()),
             plan: Plan::default(),
             sequences: BTreeMap::new(),
@@ -72,6 +82,9 @@ impl State {
             self.ask_who_waits();
             busy = self.step();
             self.retire();
+            if let Some(archive) = &mut self.archive {
+                archive.save(&*self.runner, &self.scheduler);
+            }
         }
         for sequence in self.sequences.values_mut() {
             if sequence.is_new() {
@@ -80,26 +93,39 @@ impl State {
                 sequence.finish(FinishReason::Cancelled);
             }
         }
+        if let Some(archive) = self.archive.take() {
+            archive.close(&*self.runner, &self.scheduler);
+        }
     }
 
     /// Takes what has arrived; waits if there is nothing else to do. `false` at the end.
     fn receive(&mut self, busy: bool) -> bool {
         if !busy {
-            let arrival = if self.sequences.is_empty() {
-                self.arrivals.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            } else {
-                self.arrivals.recv_timeout(ASK_EVERY)
+            let saves = self.archive.as_ref().is_some_and(Archive::has_saves);
+            let message = match (saves, self.sequences.is_empty()) {
+                (true, _) => self.messages.recv_timeout(SAVE_EVERY).ok(),
+                (false, true) => Some(self.messages.recv().unwrap_or(Message::Stop)),
+                (false, false) => self.messages.recv_timeout(ASK_EVERY).ok(),
             };
-            match arrival {
-                Ok(arrival) => self.add(arrival),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return false,
+            if let Some(message) = message {
+                self.take(message);
             }
         }
-        while let Ok(arrival) = self.arrivals.try_recv() {
-            self.add(arrival);
+        while let Ok(message) = self.messages.try_recv() {
+            self.take(message);
         }
         !self.shared.stopping.load(Ordering::Acquire)
+    }
+
+    fn take(&mut self, message: Message) {
+        match (message, &mut self.archive) {
+            (Message::Arrival(arrival), _) => self.add(*arrival),
+            (Message::Loaded(loaded), Some(archive)) => {
+                archive.loaded(loaded, &mut *self.runner, &mut self.scheduler);
+            }
+            (Message::Loaded(_), None) => {}
+            (Message::Stop, _) => self.shared.stopping.store(true, Ordering::Release),
+        }
     }
 
     fn add(&mut self, arrival: Arrival) {
@@ -130,7 +156,8 @@ impl State {
     fn step(&mut self) -> bool {
         let begun = Instant::now();
         let mut report = StepReport::default();
-        self.scheduler.plan(&|_| false, &mut self.plan);
+        let archive = self.archive.as_ref();
+        self.scheduler.plan(&|key| archive.is_some_and(|archive| archive.contains(key)), &mut self.plan);
         self.open_plan(&mut report);
         self.batch.clear();
         for share in &self.plan.shares {
@@ -168,10 +195,17 @@ impl State {
                 self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
             }
             sequence.admitted(*cached);
+            if let Some(archive) = &mut self.archive {
+                self.uses.insert(*id, archive.touch(self.scheduler.keys(*id)));
+            }
             report.hit_tokens += cached;
             report.admitted_tokens += sequence.tokens().len();
         }
         report.preempted = self.plan.preempted.len();
+        if let Some(archive) = &mut self.archive {
+            self.plan.preempted.iter().for_each(|id| archive.forget(*id));
+            self.plan.restores.iter().for_each(|restore| archive.restore(restore));
+        }
         for copy in self.plan.copies() {
             self.runner.copy_block(copy.kind, copy.from, copy.to);
         }
@@ -193,7 +227,12 @@ impl State {
                 continue;
             }
             let books = Instant::now();
-            self.scheduler.ran(Share { sequence: id, tokens }, |_| {});
+            let (uses, archive) = (&self.uses, &mut self.archive);
+            self.scheduler.ran(Share { sequence: id, tokens }, |depth, key| {
+                if let (Some(archive), Some(used)) = (archive.as_mut(), uses.get(&id)) {
+                    archive.queue(key, *used, depth);
+                }
+            });
             let (done, known) = self.scheduler.progress(id);
             report.schedule_seconds += books.elapsed().as_secs_f64();
             sequence.advance(done, begun, seconds);
@@ -214,6 +253,9 @@ impl State {
             for (id, mut sibling) in siblings {
                 let key = sibling.sample(&mut self.scratch, row, &self.hasher);
                 self.scheduler.extend(id, key);
+                if let Some(archive) = &mut self.archive {
+                    self.uses.insert(id, archive.touch(self.scheduler.keys(id)));
+                }
                 self.sequences.insert(id, sibling);
             }
         }
@@ -221,10 +263,14 @@ impl State {
 
     /// Frees what belongs to generations that are over.
     fn retire(&mut self) {
-        let Self { sequences, scheduler, shared, .. } = self;
+        let Self { sequences, scheduler, shared, archive, uses, .. } = self;
         sequences.retain(|id, sequence| {
             if sequence.is_done() {
                 scheduler.remove(*id);
+                uses.remove(id);
+                if let Some(archive) = archive {
+                    archive.forget(*id);
+                }
                 if sequence.is_new() {
                     shared.waiting.fetch_sub(1, Ordering::AcqRel);
                 }

@@ -141,7 +141,12 @@ impl Entry {
 
     /// `tokens` more are cached: publishes the blocks they fill, as `published` hears, and gives back those behind
     /// the window.
-    pub(super) fn advance(&mut self, kinds: &mut [Kind], tokens: usize, mut published: impl FnMut(BlockKey)) {
+    pub(super) fn advance(
+        &mut self,
+        kinds: &mut [Kind],
+        tokens: usize,
+        mut published: impl FnMut(usize, BlockKey),
+    ) {
         let (before, after) = (self.cached / PAGE_TOKENS, (self.cached + tokens) / PAGE_TOKENS);
         self.cached += tokens;
         for (Kind { pool, .. }, table) in kinds.iter_mut().zip(&mut self.tables) {
@@ -149,7 +154,7 @@ impl Entry {
                 table.ids[index] = pool.publish(table.ids[index], self.keys[index]);
             }
         }
-        self.keys[before..after].iter().for_each(|key| published(*key));
+        (before..after).for_each(|index| published(index, self.keys[index]));
         for (kind, table) in kinds.iter_mut().zip(&mut self.tables) {
             let first = kind.first(self.cached).min(table.ids.len());
             for id in &mut table.ids[table.begin.min(first)..first] {
