@@ -309,7 +309,9 @@ impl BlockStore {
                 *queued = place.max(*queued);
             }
         }
-        self.shared.to_writer.notify_one();
+        if !state.moved.is_empty() {
+            self.shared.to_writer.notify_one();
+        }
         used
     }
 

@@ -28,9 +28,15 @@ pub(super) const SECRET_BYTES: usize = 32;
 /// A clock may differ a little from the one by which a file got its time.
 const CLOCK_SLACK: Duration = Duration::from_secs(60);
 
-/// Attempts to agree on a secret with others who start now, and the wait in between.
-const SECRET_ATTEMPTS: usize = 50;
-const SECRET_WAIT: Duration = Duration::from_millis(10);
+/// Attempts to agree on a secret with others who start now.
+const SECRET_ATTEMPTS: usize = 25;
+
+/// Attempts to take the lock. A program just started by the process that had it keeps it for a moment: it has
+/// a copy of every open file until it runs.
+const LOCK_ATTEMPTS: usize = 5;
+
+/// Between two attempts.
+const SHORT_WAIT: Duration = Duration::from_millis(10);
 
 /// Paths, and the file system they are in.
 #[derive(Clone)]
@@ -91,7 +97,7 @@ impl Folder {
                 // Another process may be in the middle of writing it, where files cannot be linked.
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     last = error;
-                    std::thread::sleep(SECRET_WAIT);
+                    std::thread::sleep(SHORT_WAIT);
                 }
                 Err(error) => return Err(failed(error)),
             }
@@ -126,10 +132,18 @@ impl Folder {
     /// Takes the right to write, or says why this process has none.
     pub(super) fn lock(&self) -> Result<File, String> {
         let path = self.root.join("lock");
-        let lock = self.files.lock(&path).map_err(|error| match error {
-            TryLockError::WouldBlock => "another process saves blocks there".to_owned(),
-            TryLockError::Error(error) => format!("{}: {error}", path.display()),
-        })?;
+        let mut attempts = 1;
+        let lock = loop {
+            match self.files.lock(&path) {
+                Ok(lock) => break lock,
+                Err(TryLockError::WouldBlock) if attempts < LOCK_ATTEMPTS => {
+                    attempts += 1;
+                    std::thread::sleep(SHORT_WAIT);
+                }
+                Err(TryLockError::WouldBlock) => return Err("another process saves blocks there".to_owned()),
+                Err(TryLockError::Error(error)) => return Err(format!("{}: {error}", path.display())),
+            }
+        };
         // A lock file that can be opened says little about the folder.
         let draft = self.draft().map_err(|error| error.to_string())?;
         let probed = self.files.write(&draft, &[], SystemTime::now());

@@ -140,3 +140,62 @@ impl Index {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: BlockKey = BlockKey(1);
+    const B: BlockKey = BlockKey(2);
+    const C: BlockKey = BlockKey(3);
+
+    /// A and B of ten bytes each, of at most 25.
+    fn index() -> Index {
+        let mut index = Index::new(25, 5);
+        for (key, place) in [(A, 100), (B, 200)] {
+            assert_eq!(index.room(key, 10, place), Room::Enough);
+            index.reserve(10);
+            index.insert(key, 10, place, true);
+        }
+        index
+    }
+
+    #[test]
+    fn the_lowest_place_goes_unless_the_new_one_is_lower() {
+        let mut index = index();
+        assert_eq!(index.room(C, 10, 300), Room::Remove(A));
+        assert_eq!(index.room(C, 10, 99), Room::Refused);
+        assert_eq!(index.room(B, 10, 300), Room::Remove(B), "a name holds one file");
+        assert!(index.raise(A, 250) && !index.raise(A, 260), "moved once is moved");
+        assert!(!index.raise(A, 150) && !index.raise(C, 400), "never down, and only what is there");
+        assert_eq!(index.room(C, 10, 300), Room::Remove(B));
+        assert_eq!((index.settle(A), index.settle(A), index.settle(B)), (Some(260), None, None));
+        let entry = index.take(B).unwrap();
+        assert_eq!((index.bytes(), index.room(C, 10, 300)), (25, Room::Remove(A)), "bytes count to the last");
+        index.release(entry.file_bytes);
+        assert_eq!((index.bytes(), index.room(C, 10, 300)), (15, Room::Enough));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_removed_does_not_stand_in_the_way() {
+        let mut index = index();
+        let entry = index.take(A).unwrap();
+        index.put_back(A, entry);
+        assert_eq!((index.bytes(), index.get(A).unwrap().place), (25, 200));
+        index.raise(A, 201);
+        assert_eq!(index.room(C, 10, 300), Room::Remove(B), "the next attempt meets another");
+    }
+
+    #[test]
+    fn only_the_very_file_is_condemned() {
+        let mut index = index();
+        let born = index.get(A).unwrap().born;
+        index.take(A).unwrap();
+        index.insert(A, 10, 300, true);
+        assert!(!index.condemn(A, born));
+        assert!(index.get(A).unwrap().usable);
+        let born = index.get(A).unwrap().born;
+        assert!(index.condemn(A, born) && !index.condemn(A, born));
+        assert!(!index.get(A).unwrap().usable);
+    }
+}

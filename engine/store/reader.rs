@@ -83,7 +83,7 @@ fn give_up(shared: &Shared, key: BlockKey, born: u64, file: Vec<u8>, error: &io:
         return false;
     }
     if state.writable {
-        state.jobs.push_back(Job::Discard { key, born });
+        state.jobs.push_back(Job::Discard { key });
         state.idle = false;
         shared.to_writer.notify_one();
     } else if let Some(entry) = state.index.take(key) {

@@ -25,7 +25,7 @@ pub(super) enum Job {
     /// Write a block; `file` holds its payload behind the header's place.
     Save { key: BlockKey, file: Vec<u8> },
     /// Remove a file that does not hold its block.
-    Discard { key: BlockKey, born: u64 },
+    Discard { key: BlockKey },
 }
 
 /// Blocks that were asked for, and how far they have come.

@@ -219,7 +219,7 @@ fn another_process_only_loads() {
 
 #[test]
 fn all_who_start_at_once_agree() {
-    for _ in 0..20 {
+    for _ in 0..8 {
         let scratch = Scratch::new();
         let barrier = Barrier::new(12);
         let opened: Vec<([u8; 32], bool)> = std::thread::scope(|scope| {

@@ -40,7 +40,7 @@ pub(super) fn run(shared: &Shared, folder: &Folder, lock: File) {
     while let Some(work) = writer.next() {
         match work {
             Work::Job(Job::Save { key, file }) => writer.save(key, file),
-            Work::Job(Job::Discard { key, born }) => writer.discard(key, born),
+            Work::Job(Job::Discard { key }) => writer.discard(key),
             // Only the order after a restart depends on it.
             Work::SetTime(key, place) => {
                 folder.files.set_modified(&folder.block(key), time_of(place)).ok();
@@ -184,10 +184,9 @@ impl Writer<'_> {
         }
     }
 
-    /// Removes a file that failed to load, if it is still the same.
-    fn discard(&self, key: BlockKey, born: u64) {
-        let same = self.shared.state().index.get(key).is_some_and(|entry| entry.born == born);
-        if same && let Err((path, error)) = self.remove(key) {
+    /// Removes a file that failed to load. Jobs run in turn, so it is not yet one that was saved since.
+    fn discard(&self, key: BlockKey) {
+        if let Err((path, error)) = self.remove(key) {
             // It stays counted and unused, and goes when room is needed.
             if self.shared.state().may_warn() {
                 tracing::warn!("{}: {error}", path.display());

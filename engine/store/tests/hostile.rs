@@ -147,7 +147,7 @@ fn what_a_crash_left_is_removed_by_the_one_who_may_write() {
 
 #[test]
 fn a_spoilt_secret_is_named_and_left_alone() {
-    for length in [0, 31, 33, 5000] {
+    for length in [0, 31, 5000] {
         let scratch = Scratch::new();
         let path = scratch.dir().join("secret");
         fs::create_dir_all(scratch.dir()).unwrap();

@@ -59,6 +59,17 @@ fn wrong_clocks_change_the_order_only() {
     assert_eq!(bytes_in(&scratch.dir()), room_for(5));
 }
 
+#[test]
+fn no_two_uses_are_the_same() {
+    let mut tested = Tested::open(&Scratch::new(), 1 << 20);
+    let mut last = tested.store.touch(&[]);
+    for _ in 0..10_000 {
+        let used = tested.store.touch(&[]);
+        assert!(used > last);
+        last = used;
+    }
+}
+
 /// The store as a list: the block with the lowest place goes.
 #[derive(Default)]
 struct Model {
@@ -114,7 +125,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_sequence_of_uses_is_as_in_the_model(capacity in 1..9usize, steps in prop::collection::vec(step(), 1..30)) {
