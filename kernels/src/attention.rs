@@ -11,12 +11,15 @@
 
 mod cache;
 mod call;
+mod fp8;
 mod part;
 mod span;
 mod state;
+mod stored;
 mod tile;
 
-pub use cache::{CacheMut, CacheSlice, CacheType, PAGE, Pages, write_rows};
+pub use cache::{CacheMut, CacheSlice, CacheType, PAGE, Pages, RowShape, write_rows};
+pub use fp8::TILE as FP8_TILE;
 
 use crate::simd::{Isa, LANES};
 use call::{Shape, attend};

@@ -137,6 +137,8 @@ pub(crate) trait Lanes: Copy {
     fn fma_part(self, a: Self::Part, b: Self::Part, c: Self::Part) -> Self::Part;
     /// Asks for the cache line of `bytes[at]`, if there is one.
     fn prefetch(self, bytes: &[u8], at: usize);
+    /// Asks for the cache line at an address, whatever is there.
+    fn prefetch_line(self, line: *const u8);
 
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
@@ -168,6 +170,8 @@ pub(crate) trait Lanes: Copy {
     fn bf16_words(self, x: &[u16; 32]) -> Self::V;
     /// 32 e4m3fn codes.
     fn e4m3(self, x: &[u8; 32]) -> Self::V;
+    /// 32 e4m3fn codes, each times a scale of at most 2^119, rounded once; the codes of NaN give some value.
+    fn e4m3_times(self, x: &[u8; 32], scale: f32) -> Self::V;
     /// 32 nibbles, low first, each minus 8.
     fn int4(self, x: &[u8; 16]) -> Self::V;
     /// 32 e2m1 nibbles, low first.

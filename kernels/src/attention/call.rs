@@ -143,8 +143,8 @@ impl<'a> Call<'a, '_> {
             let Sequence { first, tokens, first_position, keys, values } = self.sequence(index);
             assert_eq!(first, next, "first row of sequence {index}");
             let end = first_position + tokens;
-            keys.check(end, kv_heads * key);
-            values.check(end, kv_heads * value);
+            keys.check(end, kv_heads, key);
+            values.check(end, kv_heads, value);
             next += tokens;
             longest = longest.max(tokens);
             seen += tokens * (end - self.shape.begin(first_position));

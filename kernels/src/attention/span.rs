@@ -5,8 +5,9 @@
 //! lies in registers, four rows by three keys or by two chunks. Which rows share a tile decides nothing but
 //! speed: every score and every output is summed by itself, in canonical order.
 
-use super::cache::{CacheSlice, Element, PAGE, Page, Pages, tail};
+use super::cache::{CacheSlice, PAGE, Pages};
 use super::state::{PEAK, state_chunks};
+use super::stored::{Page, Plain, Row, Scaled, Stored};
 use super::tile::{
     Ahead, FEW_ROWS, FewScores, FewValues, Keys3, PACE, Rows4, Scores, Soften, TILE_CHUNKS, TILE_KEYS,
     TILE_ROWS, Values,
@@ -63,10 +64,7 @@ impl Block<'_> {
 
     /// Whether keys and values are the same rows of the cache.
     fn same_rows(&self) -> bool {
-        let start = |pages: &Pages<'_>| match pages.data {
-            CacheSlice::F32(data) => data.as_ptr().cast::<u8>(),
-            CacheSlice::Bf16(data) => data.as_ptr().cast::<u8>(),
-        };
+        let start = |pages: &Pages<'_>| pages.data.bytes(pages.row).0;
         start(&self.keys) == start(&self.values) && std::ptr::eq(self.keys.table, self.values.table)
     }
 
@@ -141,9 +139,17 @@ impl Work for Span<'_, '_> {
         let Self { block, range, space, states } = self;
         match (block.keys.data, block.values.data) {
             (CacheSlice::F32(keys), CacheSlice::F32(values)) => {
+                let keys = Plain { data: keys, row: block.keys.row };
+                let values = Plain { data: values, row: block.values.row };
                 tiles(l, block, (keys, values), range, space, states)
             }
             (CacheSlice::Bf16(keys), CacheSlice::Bf16(values)) => {
+                let keys = Plain { data: keys, row: block.keys.row };
+                let values = Plain { data: values, row: block.values.row };
+                tiles(l, block, (keys, values), range, space, states)
+            }
+            (CacheSlice::Fp8 { data: keys, shape: k }, CacheSlice::Fp8 { data: values, shape: v }) => {
+                let (keys, values) = (Scaled::new(keys, k), Scaled::new(values, v));
                 tiles(l, block, (keys, values), range, space, states)
             }
             _ => panic!("keys and values of different types"),
@@ -153,10 +159,10 @@ impl Work for Span<'_, '_> {
 
 /// Online softmax over the tiles in `range`.
 #[inline(always)]
-fn tiles<L: Lanes, E: Element>(
+fn tiles<L: Lanes, S: Stored>(
     l: L,
     block: &Block<'_>,
-    (keys, values): (&[E], &[E]),
+    (keys, values): (S, S),
     range: (usize, usize),
     space: Workspace<'_>,
     states: &mut [Chunk],
@@ -219,11 +225,11 @@ fn tiles<L: Lanes, E: Element>(
             if few {
                 for chunk in 0..whole {
                     let ahead = &mut keys_ahead;
-                    l.enter(FewValues::<E, false> { page, offsets, chunk, weights, keep, ahead, states });
+                    l.enter(FewValues::<S, false> { page, offsets, chunk, weights, keep, ahead, states });
                 }
                 if whole * LANES < page.width {
                     let ahead = &mut keys_ahead;
-                    l.enter(FewValues::<E, true> {
+                    l.enter(FewValues::<S, true> {
                         page,
                         offsets,
                         chunk: whole,
@@ -252,29 +258,29 @@ fn tiles<L: Lanes, E: Element>(
                 }
             }
         }
-        std::hint::black_box(values_ahead.read ^ keys_ahead.read);
     }
 }
 
 /// The keys at `offsets`, laid out by threes: chunk after chunk, and in each chunk key after key.
 #[inline(always)]
-fn unpack_keys<'u, L: Lanes, E: Element>(
+fn unpack_keys<L: Lanes, S: Stored>(
     l: L,
-    page: Page<'_, E>,
+    page: Page<S>,
     offsets: (usize, usize),
-    unpacked: &'u mut [Chunk],
-) -> &'u [Keys3] {
+    unpacked: &mut [Chunk],
+) -> &[Keys3] {
     let chunks = page.width.div_ceil(LANES);
     let count = offsets.1 - offsets.0;
     let keys = &mut unpacked.as_chunks_mut::<TILE_KEYS>().0[..count.div_ceil(TILE_KEYS) * chunks];
     for j in 0..count {
         let out = &mut keys[j / TILE_KEYS * chunks..][..chunks];
-        let (whole, rest) = page.row(offsets.0 + j).as_chunks();
-        for (out, chunk) in out.iter_mut().zip(whole) {
-            l.store(E::lanes(l, chunk), &mut out[j % TILE_KEYS]);
+        let row = page.row(offsets.0 + j);
+        let whole = page.width / LANES;
+        for (chunk, out) in out[..whole].iter_mut().enumerate() {
+            l.store(row.whole(l, chunk), &mut out[j % TILE_KEYS]);
         }
-        if !rest.is_empty() {
-            l.store(tail(l, rest), &mut out[whole.len()][j % TILE_KEYS]);
+        if whole < chunks {
+            l.store(row.rest(l, whole), &mut out[whole][j % TILE_KEYS]);
         }
     }
     keys
@@ -282,30 +288,22 @@ fn unpack_keys<'u, L: Lanes, E: Element>(
 
 /// Two chunks of columns of the values at `offsets`; past the last column, zeros or whatever was there.
 #[inline(always)]
-fn unpack_values<'u, L: Lanes, E: Element>(
+fn unpack_values<L: Lanes, S: Stored>(
     l: L,
-    page: Page<'_, E>,
+    page: Page<S>,
     chunk: usize,
     offsets: (usize, usize),
-    unpacked: &'u mut [Chunk],
-) -> &'u [[Chunk; TILE_CHUNKS]] {
+    unpacked: &mut [Chunk],
+) -> &[[Chunk; TILE_CHUNKS]] {
+    let whole = page.width / LANES;
     let values = &mut unpacked.as_chunks_mut::<TILE_CHUNKS>().0[..offsets.1 - offsets.0];
     for (j, value) in values.iter_mut().enumerate() {
-        let columns = &page.row(offsets.0 + j)[chunk * LANES..];
-        match columns.first_chunk::<{ TILE_CHUNKS * LANES }>() {
-            Some(columns) => {
-                let (a, b) = columns.split_at(LANES);
-                l.store(E::lanes(l, a.first_chunk().expect("a chunk")), &mut value[0]);
-                l.store(E::lanes(l, b.first_chunk().expect("a chunk")), &mut value[1]);
-            }
-            None => {
-                let (whole, rest) = columns.as_chunks();
-                for (out, chunk) in value.iter_mut().zip(whole) {
-                    l.store(E::lanes(l, chunk), out);
-                }
-                if !rest.is_empty() {
-                    l.store(tail(l, rest), &mut value[whole.len()]);
-                }
+        let row = page.row(offsets.0 + j);
+        for (chunk, out) in (chunk..).zip(value) {
+            if chunk < whole {
+                l.store(row.whole(l, chunk), out);
+            } else if chunk * LANES < page.width {
+                l.store(row.rest(l, chunk), out);
             }
         }
     }

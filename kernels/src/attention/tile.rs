@@ -2,9 +2,10 @@
 //!
 //! Each is a [`Work`] of its own, so that none of them takes registers from another.
 
-use super::cache::{CacheSlice, Element, PAGE, Page, Pages, tail};
+use super::cache::{PAGE, Pages};
 use super::span::{Chunk, Weights};
 use super::state::{PEAK, SUM};
+use super::stored::{Page, Row, Stored};
 use crate::simd::{LANES, Lanes, Work, exp};
 
 /// Rows that are taken together.
@@ -15,6 +16,8 @@ pub(super) const TILE_KEYS: usize = 3;
 pub(super) const TILE_CHUNKS: usize = 2;
 /// So many rows that share a key are not worth unpacking it to memory: all of them fit in registers.
 pub(super) const FEW_ROWS: usize = 8;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 /// Positions between two looks ahead.
 pub(super) const PACE: usize = 8;
 
@@ -25,67 +28,49 @@ pub(super) type Keys3 = [Chunk; TILE_KEYS];
 
 /// Lines of a page that will be read soon, asked for a few at a time while something else is computed. (The
 /// columns of one key head are too short a run for the processor to see what comes next.)
-pub(super) struct Ahead<'a> {
-    lines: Lines<'a>,
+pub(super) struct Ahead {
+    /// The next one, and how many there are from it on.
+    line: *const u8,
+    left: usize,
     pace: usize,
-    /// Keeps the reads from being left out.
-    pub(super) read: u32,
 }
 
-enum Lines<'a> {
-    F32(&'a [[f32; LANES]]),
-    Bf16(&'a [[u16; LANES]]),
-}
-
-impl<'a> Ahead<'a> {
+impl Ahead {
     /// The rows of the page of `first`, up to `end`, in about so many steps; nothing where the block reads but
     /// some columns.
-    pub(super) fn new(pages: &Pages<'a>, (first, end): (usize, usize), columns: usize, steps: usize) -> Self {
-        let (mut lines, mut pace) = (Lines::F32(&[]), 0);
-        if first < end && columns == pages.row {
-            let start = pages.table[first / PAGE] as usize * PAGE * columns;
-            let len = PAGE.min(end - first) * columns;
-            lines = match pages.data {
-                CacheSlice::F32(data) => Lines::F32(data[start..][..len].as_chunks().0),
-                CacheSlice::Bf16(data) => Lines::Bf16(data[start..][..len].as_chunks().0),
-            };
-            pace = (len / LANES).div_ceil(steps);
+    pub(super) fn new(pages: &Pages<'_>, (first, end): (usize, usize), columns: usize, steps: usize) -> Self {
+        if first >= end || columns != pages.row {
+            return Self { line: std::ptr::null(), left: 0, pace: 0 };
         }
-        Self { lines, pace, read: 0 }
+        let row = pages.table[first / PAGE] as usize * PAGE;
+        let (data, bytes) = pages.data.bytes(pages.row);
+        let left = (PAGE.min(end - first) * bytes).div_ceil(LINE);
+        Self { line: data.wrapping_add(row * bytes), left, pace: left.div_ceil(steps) }
     }
 
     #[inline(always)]
-    fn step(&mut self) {
-        if self.pace == 0 {
-            return;
+    fn step<L: Lanes>(&mut self, l: L) {
+        let count = self.pace.min(self.left);
+        for _ in 0..count {
+            l.prefetch_line(self.line);
+            self.line = self.line.wrapping_add(LINE);
         }
-        match &mut self.lines {
-            Lines::F32(lines) => {
-                let (now, later) = lines.split_at(self.pace.min(lines.len()));
-                now.iter().for_each(|line| self.read ^= line[0].to_bits());
-                *lines = later;
-            }
-            Lines::Bf16(lines) => {
-                let (now, later) = lines.split_at(self.pace.min(lines.len()));
-                now.iter().for_each(|line| self.read ^= u32::from(line[0]));
-                *lines = later;
-            }
-        }
+        self.left -= count;
     }
 }
 
 /// Scores of rows and the keys at `offset .. end`, not scaled.
-pub(super) struct Scores<'s, 'a> {
+pub(super) struct Scores<'s> {
     pub(super) queries: &'s [Rows4],
     pub(super) keys: &'s [Keys3],
     pub(super) chunks: usize,
     pub(super) offset: usize,
     pub(super) end: usize,
-    pub(super) ahead: &'s mut Ahead<'a>,
+    pub(super) ahead: &'s mut Ahead,
     pub(super) out: &'s mut [Weights],
 }
 
-impl Work for Scores<'_, '_> {
+impl Work for Scores<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -94,7 +79,7 @@ impl Work for Scores<'_, '_> {
         for (queries, out) in queries.chunks_exact(chunks).zip(out.as_chunks_mut::<TILE_ROWS>().0) {
             let mut offset = offset;
             for keys in keys.chunks_exact(chunks) {
-                ahead.step();
+                ahead.step(l);
                 let mut lanes = [[l.splat(0.0); TILE_KEYS]; TILE_ROWS];
                 for (queries, keys) in queries.iter().zip(keys) {
                     let [a, b, c] = keys;
@@ -129,34 +114,35 @@ fn put(sums: [f32; TILE_ROWS], offset: usize, out: &mut [Weights; TILE_ROWS]) {
 }
 
 /// [`Scores`] of [`FEW_ROWS`] rows and the keys of a page.
-pub(super) struct FewScores<'s, 'a, E> {
+pub(super) struct FewScores<'s, S> {
     pub(super) queries: &'s [Rows4],
-    pub(super) page: Page<'a, E>,
+    pub(super) page: Page<S>,
     pub(super) offsets: (usize, usize),
-    pub(super) ahead: &'s mut Ahead<'a>,
+    pub(super) ahead: &'s mut Ahead,
     pub(super) out: &'s mut [Weights],
 }
 
-impl<E: Element> Work for FewScores<'_, '_, E> {
+impl<S: Stored> Work for FewScores<'_, S> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self, l: L) {
         let Self { queries, page, offsets, ahead, out } = self;
         let (a, b) = queries.split_at(queries.len() / 2);
+        let whole = page.width / LANES;
         let [out_a, out_b] = out.as_chunks_mut::<TILE_ROWS>().0 else { unreachable!("few rows") };
         for offset in offsets.0..offsets.1 {
             if offset % 3 == 0 {
-                ahead.step();
-                ahead.step();
+                ahead.step(l);
+                ahead.step(l);
             }
-            let (chunks, rest) = page.row(offset).as_chunks();
+            let row = page.row(offset);
             let mut lanes = [[l.splat(0.0); TILE_ROWS]; 2];
-            for ((a, b), key) in a.iter().zip(b).zip(chunks) {
-                add_few(l, [a, b], E::lanes(l, key), &mut lanes);
+            for (chunk, (a, b)) in a.iter().zip(b).take(whole).enumerate() {
+                add_few(l, [a, b], row.whole(l, chunk), &mut lanes);
             }
-            if !rest.is_empty() {
-                add_few(l, [&a[chunks.len()], &b[chunks.len()]], tail(l, rest), &mut lanes);
+            if whole < a.len() {
+                add_few(l, [&a[whole], &b[whole]], row.rest(l, whole), &mut lanes);
             }
             put(l.sum4(lanes[0]), offset, out_a);
             put(l.sum4(lanes[1]), offset, out_b);
@@ -242,7 +228,7 @@ fn set_halves<L: Lanes>(l: L, (a, b): (L::V, L::V), x: &mut Weights) {
 }
 
 /// Adds weighted values to two chunks of the states of some rows that see the same, shrunk by `keep` first.
-pub(super) struct Values<'s, 'a> {
+pub(super) struct Values<'s> {
     pub(super) values: &'s [[Chunk; TILE_CHUNKS]],
     pub(super) chunk: usize,
     /// From one to another.
@@ -251,11 +237,11 @@ pub(super) struct Values<'s, 'a> {
     pub(super) offset: usize,
     pub(super) weights: &'s [Weights],
     pub(super) keep: &'s [Chunk],
-    pub(super) ahead: &'s mut Ahead<'a>,
+    pub(super) ahead: &'s mut Ahead,
     pub(super) states: &'s mut [Chunk],
 }
 
-impl Work for Values<'_, '_> {
+impl Work for Values<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -272,7 +258,7 @@ impl Work for Values<'_, '_> {
     }
 }
 
-impl Values<'_, '_> {
+impl Values<'_> {
     #[inline(always)]
     fn add<L: Lanes, const T: usize>(&mut self, l: L, row: usize) {
         let len = self.states.len() / self.weights.len();
@@ -288,7 +274,7 @@ impl Values<'_, '_> {
         }
         let mut offset = self.offset;
         for values in self.values.chunks(PACE) {
-            self.ahead.step();
+            self.ahead.step(l);
             assert!(offset + values.len() <= PAGE, "a tile ends with its page");
             for (j, [a, b]) in values.iter().enumerate() {
                 let (a, b) = (l.load(a), l.load(b));
@@ -310,17 +296,17 @@ impl Values<'_, '_> {
 }
 
 /// [`Values`] of one chunk and [`FEW_ROWS`] rows, from a page; or of the `TAIL` after its whole chunks.
-pub(super) struct FewValues<'s, 'a, E, const TAIL: bool> {
-    pub(super) page: Page<'a, E>,
+pub(super) struct FewValues<'s, S, const TAIL: bool> {
+    pub(super) page: Page<S>,
     pub(super) offsets: (usize, usize),
     pub(super) chunk: usize,
     pub(super) weights: &'s [Weights],
     pub(super) keep: &'s [Chunk],
-    pub(super) ahead: &'s mut Ahead<'a>,
+    pub(super) ahead: &'s mut Ahead,
     pub(super) states: &'s mut [Chunk],
 }
 
-impl<E: Element, const TAIL: bool> Work for FewValues<'_, '_, E, TAIL> {
+impl<S: Stored, const TAIL: bool> Work for FewValues<'_, S, TAIL> {
     type Output = ();
 
     #[inline(always)]
@@ -333,11 +319,10 @@ impl<E: Element, const TAIL: bool> Work for FewValues<'_, '_, E, TAIL> {
             *sum = l.mul(l.load(&state[chunk]), l.splat(*keep));
         }
         for first in (offsets.0..offsets.1).step_by(PACE) {
-            ahead.step();
+            ahead.step(l);
             for offset in first..offsets.1.min(first + PACE).min(PAGE) {
-                let columns = &page.row(offset)[chunk * LANES..];
-                let v =
-                    if TAIL { tail(l, columns) } else { E::lanes(l, columns.first_chunk().expect("whole")) };
+                let row = page.row(offset);
+                let v = if TAIL { row.rest(l, chunk) } else { row.whole(l, chunk) };
                 for (sum, weights) in sums.iter_mut().zip(weights) {
                     *sum = l.fma(l.splat(weights[offset]), v, *sum);
                 }

@@ -126,6 +126,11 @@ impl Lanes for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at.min(bytes.len())).cast()) }
     }
     #[inline(always)]
+    fn prefetch_line(self, line: *const u8) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+    #[inline(always)]
     fn add(self, a: V, b: V) -> V {
         all!(_mm256_add_ps, a, b)
     }
@@ -266,6 +271,25 @@ impl Lanes for Avx2 {
                 out[2 * part] = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), bias);
                 out[2 * part + 1] =
                     _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)), bias);
+            }
+            out
+        }
+    }
+    #[inline(always)]
+    fn e4m3_times(self, x: &[u8; 32], scale: f32) -> V {
+        // As above; 256 is a power of two, so it may be multiplied into the scale first.
+        let p = x.as_ptr().cast::<__m128i>();
+        // SAFETY: the token proves AVX2 and F16C; 32 bytes are read from a reference to 32.
+        unsafe {
+            let scale = _mm256_set1_ps(scale * 256.0);
+            let mut out = [_mm256_setzero_ps(); 4];
+            for part in 0..2 {
+                let codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(p.wrapping_add(part)));
+                let halves =
+                    _mm256_and_si256(_mm256_slli_epi16::<7>(codes), _mm256_set1_epi16(0xBFFF_u16 as i16));
+                out[2 * part] = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), scale);
+                out[2 * part + 1] =
+                    _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)), scale);
             }
             out
         }

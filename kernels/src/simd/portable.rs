@@ -108,6 +108,8 @@ impl Lanes for Portable {
     #[inline(always)]
     fn prefetch(self, _: &[u8], _: usize) {}
     #[inline(always)]
+    fn prefetch_line(self, _: *const u8) {}
+    #[inline(always)]
     fn add(self, a: V, b: V) -> V {
         add(&a, &b)
     }
@@ -170,6 +172,10 @@ impl Lanes for Portable {
     #[inline(always)]
     fn e4m3(self, x: &[u8; 32]) -> V {
         from_e4m3(x)
+    }
+    #[inline(always)]
+    fn e4m3_times(self, x: &[u8; 32], scale: f32) -> V {
+        mul(&from_e4m3(x), &self.splat(scale))
     }
     #[inline(always)]
     fn int4(self, x: &[u8; 16]) -> V {

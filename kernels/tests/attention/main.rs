@@ -1,55 +1,17 @@
 //! Attention against the reference, and the same bits however it is cut.
 
+mod cache;
+#[path = "../common/mod.rs"]
 mod common;
+mod fp8;
 
+use cache::{Cache, TYPES, heads as head_rows, latents};
 use common::{Random, assert_close_overall, bits, in_pools};
 use kernels::attention::{
-    BatchQueries, CacheMut, CacheSlice, CacheType, Gqa, Mla, PAGE, Pages, Queries, SPAN, Sequence, gqa,
-    gqa_batch, mla, mla_batch, write_rows,
+    BatchQueries, CacheMut, CacheSlice, CacheType, Gqa, Mla, PAGE, Pages, Queries, RowShape, SPAN, Sequence,
+    gqa, gqa_batch, mla, mla_batch, write_rows,
 };
 use kernels::{Isa, Rows, reference};
-
-/// A paged cache whose blocks lie in shuffled order among NaN rows that belong to nobody.
-struct Cache {
-    f32: Vec<f32>,
-    bf16: Vec<u16>,
-    kind: CacheType,
-    row: usize,
-    table: Vec<u32>,
-}
-
-impl Cache {
-    fn random(random: &mut Random, kind: CacheType, positions: usize, row: usize) -> Self {
-        let pages = positions.div_ceil(PAGE);
-        let mut table: Vec<u32> = (1..=pages as u32 + 1).collect();
-        for i in (1..table.len()).rev() {
-            table.swap(i, random.below(i + 1));
-        }
-        let len = (pages + 2) * PAGE * row;
-        let mut cache = Self { f32: vec![], bf16: vec![], kind, row, table };
-        match kind {
-            CacheType::F32 => cache.f32 = vec![f32::NAN; len],
-            CacheType::Bf16 => cache.bf16 = vec![0x7fc0; len],
-        }
-        let slots: Vec<u32> =
-            (0..positions).map(|p| cache.table[p / PAGE] * PAGE as u32 + (p % PAGE) as u32).collect();
-        let x = random.values(positions * row);
-        let data = match kind {
-            CacheType::F32 => CacheMut::F32(&mut cache.f32),
-            CacheType::Bf16 => CacheMut::Bf16(&mut cache.bf16),
-        };
-        write_rows(data, row, &slots, Rows::new(&x, row));
-        cache
-    }
-
-    fn pages(&self) -> Pages<'_> {
-        let data = match self.kind {
-            CacheType::F32 => CacheSlice::F32(&self.f32),
-            CacheType::Bf16 => CacheSlice::Bf16(&self.bf16),
-        };
-        Pages { data, row: self.row, table: &self.table }
-    }
-}
 
 #[test]
 fn bf16_rows_are_rounded_to_nearest_even() {
@@ -62,10 +24,10 @@ fn bf16_rows_are_rounded_to_nearest_even() {
 #[test]
 fn mla_meets_the_reference() {
     let mut random = Random(11);
-    for kind in [CacheType::F32, CacheType::Bf16] {
-        for (heads, latent, rope) in [(1, 8, 4), (5, 40, 24), (9, 512, 64)] {
+    for kind in TYPES {
+        for (heads, latent, rope) in [(1, 8, 4), (5, 40, 24), (3, 96, 8), (2, 200, 33), (9, 512, 64)] {
             let shape = Mla { heads, latent, rope, scale: 0.3 };
-            let cache = Cache::random(&mut random, kind, 150, latent + rope);
+            let cache = Cache::random(&mut random, kind, 150, latents(latent, rope));
             let rows = random.values(3 * heads * (latent + rope));
             for first_position in [0, 61, 147] {
                 let queries = Queries { rows: &rows, first_position };
@@ -86,14 +48,17 @@ fn mla_meets_the_reference() {
 fn gqa_meets_the_reference() {
     let mut random = Random(12);
     let sinks = random.values(24);
-    for kind in [CacheType::F32, CacheType::Bf16] {
+    for kind in TYPES {
         for (heads, kv_heads, head_dim, value_dim) in
-            [(1, 1, 1, 1), (4, 2, 16, 16), (24, 2, 64, 64), (6, 6, 33, 47), (12, 1, 128, 96)]
+            [(1, 1, 1, 1), (4, 2, 16, 16), (24, 2, 64, 64), (6, 6, 33, 47), (12, 1, 128, 96), (8, 1, 40, 160)]
         {
             for (window, sinks) in [(None, None), (Some(1), None), (Some(70), Some(&sinks[..heads]))] {
                 let shape = Gqa { heads, kv_heads, head_dim, value_dim, scale: 0.4, window, sinks };
-                let keys = Cache::random(&mut random, kind, 200, kv_heads * head_dim);
-                let values = Cache::random(&mut random, kind, 200, kv_heads * value_dim + 3);
+                let keys = Cache::random(&mut random, kind, 200, head_rows(kv_heads, head_dim));
+                let values = {
+                    let shape = RowShape { plain: 3, ..head_rows(kv_heads, value_dim) };
+                    Cache::random(&mut random, kind, 200, shape)
+                };
                 let rows = random.values(4 * heads * head_dim);
                 for first_position in [0, 62, 196] {
                     let queries = Queries { rows: &rows, first_position };
@@ -133,8 +98,8 @@ fn chunks_and_threads_change_nothing() {
             window,
             sinks: window.map(|_| &sinks[..]),
         };
-        let keys = Cache::random(&mut random, CacheType::Bf16, tokens, 2 * 48);
-        let values = Cache::random(&mut random, CacheType::Bf16, tokens, 2 * 40);
+        let keys = Cache::random(&mut random, CacheType::Bf16, tokens, head_rows(2, 48));
+        let values = Cache::random(&mut random, CacheType::Bf16, tokens, head_rows(2, 40));
         let rows = random.values(tokens * 8 * 48);
         let mut whole = vec![f32::NAN; tokens * 8 * 40];
         let pages = (&keys.pages(), &values.pages());
@@ -161,7 +126,7 @@ fn spans_side_by_side_change_nothing() {
     let mut random = Random(14);
     let positions = 3 * SPAN + 70;
     let shape = Mla { heads: 10, latent: 64, rope: 32, scale: 0.2 };
-    let cache = Cache::random(&mut random, CacheType::Bf16, positions, 96);
+    let cache = Cache::random(&mut random, CacheType::Bf16, positions, latents(64, 32));
     let sinks = random.values(10);
     let windowed = Gqa {
         heads: 10,
@@ -229,7 +194,12 @@ struct Batch {
 }
 
 impl Batch {
-    fn random(random: &mut Random, kind: CacheType, width: usize, (key, value): (usize, usize)) -> Self {
+    fn random(
+        random: &mut Random,
+        kind: CacheType,
+        width: usize,
+        (key, value): (RowShape, RowShape),
+    ) -> Self {
         let caches = SEQUENCES
             .iter()
             .map(|&(end, _)| (Cache::random(random, kind, end, key), Cache::random(random, kind, end, value)))
@@ -313,11 +283,13 @@ fn grouped_queries_alone_or_in_a_batch() {
         (CacheType::Bf16, (9, 3), (33, 47), Some(SPAN + 100), true),
         (CacheType::F32, (16, 2), (64, 96), Some(128), true),
         (CacheType::Bf16, (12, 1), (32, 1), Some(1), false),
+        (CacheType::Fp8, (8, 1), (40, 33), None, false),
+        (CacheType::Fp8, (9, 3), (136, 47), Some(SPAN + 100), true),
     ];
     for (kind, (heads, kv_heads), (head_dim, value_dim), window, sink) in cases {
         let sinks = sink.then(|| &sinks[..heads]);
         let shape = Gqa { heads, kv_heads, head_dim, value_dim, scale: 0.3, window, sinks };
-        let widths = (kv_heads * head_dim, kv_heads * value_dim);
+        let widths = (head_rows(kv_heads, head_dim), head_rows(kv_heads, value_dim));
         let batch = Batch::random(&mut random, kind, heads * head_dim, widths);
         batch.check(
             &batch.reference(|queries, s| reference::gqa(&shape, queries, &s.keys, &s.values)),
@@ -332,10 +304,12 @@ fn grouped_queries_alone_or_in_a_batch() {
 #[test]
 fn latent_queries_alone_or_in_a_batch() {
     let mut random = Random(17);
-    for (kind, heads, latent, rope) in [(CacheType::Bf16, 66, 8, 4), (CacheType::F32, 3, 72, 16)] {
+    for (kind, heads, latent, rope) in
+        [(CacheType::Bf16, 66, 8, 4), (CacheType::F32, 3, 72, 16), (CacheType::Fp8, 10, 136, 24)]
+    {
         let shape = Mla { heads, latent, rope, scale: 0.3 };
-        let row = latent + rope;
-        let batch = Batch::random(&mut random, kind, heads * row, (row, row));
+        let (row, rows) = (latent + rope, latents(latent, rope));
+        let batch = Batch::random(&mut random, kind, heads * row, (rows, rows));
         batch.check(
             &batch.reference(|queries, s| reference::mla(&shape, queries, &s.keys)),
             shape.scratch_len(SEQUENCES.len(), 4 * SPAN),
@@ -366,7 +340,7 @@ fn sequences_with_a_gap_are_refused() {
 #[test]
 fn extreme_scores() {
     let positions = 300;
-    let mut cache = Cache::random(&mut Random(15), CacheType::F32, positions, 1);
+    let mut cache = Cache::random(&mut Random(15), CacheType::F32, positions, latents(1, 0));
     for p in 0..positions {
         cache.f32[cache.table[p / PAGE] as usize * PAGE + p % PAGE] = p as f32;
     }
