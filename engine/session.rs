@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
+use kernels::attention::CacheType;
 use models::cpu::CpuRunner;
 use models::reference::ReferenceRunner;
 use models::{Capacity, Model, Numerics, Runner};
@@ -45,6 +46,10 @@ pub struct SessionOptions {
     pub dense: DenseFormat,
     /// Where cached prefixes outlive the engine; `None` = nowhere.
     pub archive: Option<ArchiveOptions>,
+    /// Most tokens of a step, and so of a chunk of a prompt; `None` = 512.
+    pub step_tokens: Option<usize>,
+    /// How cached values are stored; `None` = as the numerics say.
+    pub kv_type: Option<CacheType>,
 }
 
 impl SessionOptions {
@@ -142,8 +147,13 @@ impl Session {
         let model = &loaded.model;
         let weights = (model.weight_bytes(), model.q8.map_or(0, |copy| copy.copied_bytes));
         let sequences = options.sequences.max(1);
-        let (limits, plan) =
+        let (mut limits, mut plan) =
             memory::fit(&model.config, weights, options.numerics(), options.context, sequences)?;
+        limits.cache_type = options.kv_type;
+        if let Some(tokens) = options.step_tokens {
+            limits.step_tokens = tokens.clamp(sequences, limits.context.max(sequences));
+            plan = MemoryPlan::new(&model.config, weights, options.numerics(), &limits);
+        }
         let pool = options.pool()?;
         let threads = pool.current_num_threads();
         let runner = options.runner(model, limits.capacity())?;

@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use kernels::attention::CacheType;
 use models::cpu::CpuRunner;
 use models::{Checkpoint, Model, Numerics};
 use moebius::engine::{ArchiveOptions, Engine, EngineOptions, EngineParts};
@@ -164,11 +165,11 @@ impl Watched {
 
 #[test]
 fn any_mix_gives_what_each_gives_alone() {
-    for (name, numerics) in
-        CASES.into_iter().flat_map(|name| [(name, Numerics::Reference), (name, Numerics::Model)])
-    {
+    let modes =
+        [(Numerics::Reference, None), (Numerics::Model, None), (Numerics::Model, Some(CacheType::Fp8))];
+    for (name, (numerics, cache_type)) in CASES.into_iter().flat_map(|name| modes.map(|mode| (name, mode))) {
         let model = open(name);
-        let alone = start(name, &model, numerics, options(&model, 320, 1));
+        let alone = start(name, &model, numerics, EngineOptions { cache_type, ..options(&model, 320, 1) });
         let mut expected = Vec::new();
         for index in 0..MIX.len() {
             let (request, choices) = alone.mixed(index, "");
@@ -183,8 +184,8 @@ fn any_mix_gives_what_each_gives_alone() {
         }
         // Plenty of room; barely room for one; few places.
         for (blocks, running, step_tokens) in [(100, 16, 64), (7, 6, 17), (9, 3, 300)] {
-            let place = format!("{name} {numerics:?} {blocks} blocks, {running} running");
-            let mut options = options(&model, 320, running);
+            let place = format!("{name} {numerics:?} {cache_type:?} {blocks} blocks, {running} running");
+            let mut options = EngineOptions { cache_type, ..options(&model, 320, running) };
             (options.blocks, options.step_tokens) = (blocks, step_tokens);
             options.window = options.window.map(|(window, _)| (window, blocks));
             let together = start(name, &model, numerics, options);

@@ -181,7 +181,7 @@ fn slices_have_the_layers_asked_for() {
     assert_eq!(layers("qwen3-30b-slice", Some(2)), (2, 2));
     assert_eq!(layers("full:openai/gpt-oss-20b", Some(5)), (5, 5));
     assert_eq!(layers("full:moonshotai-Kimi-K2.5", Some(3)), (3, 2));
-    assert_eq!(layers("tiny-256k", None), (4, 3));
+    assert_eq!(layers("tiny-256k", None), (2, 1));
     assert_eq!(described("tiny-256k").0.max_positions, 262_144);
 }
 

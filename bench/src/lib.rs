@@ -3,6 +3,7 @@
 //! Everything is measured on the threads of the rayon pool it is called in, and goes row by row to a [`Sink`].
 
 pub mod ceilings;
+pub mod context;
 pub mod cost;
 pub mod machine;
 pub mod ops;

@@ -1,5 +1,8 @@
 //! `moebius bench`: ceilings, kernels, prefill, decode and quality, measured beside the machine's own limits.
 
+mod context;
+mod swarm;
+
 use std::io::{self, ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -40,6 +43,10 @@ enum What {
     Decode(DecodeArgs),
     /// Whole prompts and their components
     Prefill(PrefillArgs),
+    /// A long context: attention over a full cache, or prompts read to the end
+    Context(context::ContextArgs),
+    /// Many agents that share a prefix, on a whole engine
+    Serve(swarm::ServeArgs),
     /// What coarser options cost: divergence from --numerics reference, agreement of the likeliest token
     Quality(QualityArgs),
 }
@@ -49,6 +56,13 @@ struct OutputArgs {
     /// Threads [default: one per core]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    #[command(flatten)]
+    rows: RowsArgs,
+}
+
+/// Where rows go.
+#[derive(Args)]
+struct RowsArgs {
     /// Print one JSON object per row
     #[arg(long)]
     json: bool,
@@ -143,15 +157,17 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Error> {
         What::Ceilings { output } => {
             let threads = pool(output)?.current_num_threads();
             // It makes a pool for every number of threads.
-            measured(output, |sink| ceilings::measure(threads, output.quick, sink))
+            measured(&output.rows, |sink| ceilings::measure(threads, output.rows.quick, sink))
         }
         What::Kernels(args) => {
             let (filter, runs) = (args.filter.clone(), args.runs.map(|runs| runs as usize));
-            let options = OpsOptions { filter, runs, quick: args.output.quick };
+            let options = OpsOptions { filter, runs, quick: args.output.rows.quick };
             let pool = pool(&args.output)?;
-            measured(&args.output, |output| pool.install(|| ops::measure(&options, output)))
+            measured(&args.output.rows, |output| pool.install(|| ops::measure(&options, output)))
         }
         What::Quality(args) => compare(args),
+        What::Context(args) => context::run(args),
+        What::Serve(args) => swarm::run(args),
         What::Decode(args) => {
             let common = &args.common;
             let options = StepOptions { batch: args.batch as usize, ..common.options(args.context) };
@@ -193,7 +209,7 @@ fn compare(args: &QualityArgs) -> Result<ExitCode, Error> {
     };
     check_capacity(&model.config, Numerics::Reference, &quality::capacity(&model))?;
     let pool = pool(&args.output)?;
-    measured(&args.output, |output| {
+    measured(&args.output.rows, |output| {
         let q8 = || {
             let model = open_model(&args.model, DenseFormat::Q8);
             model.map_err(|error| bench::Error::Unsupported(error.to_string()))
@@ -219,7 +235,7 @@ impl ModelArgs {
             batch: 1,
             context: context as usize,
             runs: self.runs.map(|runs| runs as usize),
-            quick: self.output.quick,
+            quick: self.output.rows.quick,
         }
     }
 
@@ -242,7 +258,7 @@ impl ModelArgs {
             check_capacity(&model.config, self.numerics(), capacity)?;
         }
         let pool = pool(&self.output)?;
-        measured(&self.output, |output| pool.install(|| measure(&model, output)))
+        measured(&self.output.rows, |output| pool.install(|| measure(&model, output)))
     }
 }
 
@@ -252,7 +268,7 @@ fn pool(output: &OutputArgs) -> Result<std::sync::Arc<rayon::ThreadPool>, Error>
 
 /// Runs `measure` and writes its rows as the arguments say; after Ctrl-C those so far.
 fn measured(
-    args: &OutputArgs,
+    args: &RowsArgs,
     measure: impl FnOnce(&mut Output) -> Result<(), bench::Error>,
 ) -> Result<ExitCode, Error> {
     let machine = Machine::detect();

@@ -148,6 +148,8 @@ impl ComputeArgs {
             context: self.context,
             sequences: 1,
             archive: None,
+            step_tokens: None,
+            kv_type: None,
         };
         if numerics.is_some_and(|numerics| numerics != options.numerics()) {
             eprintln!("warning: the reference runner always computes in f32 (--numerics reference)");

@@ -9,6 +9,7 @@
 //!
 //! Shapes are `[out, in]`. Tensor names are as published, prefix included.
 
+use kernels::attention::{CacheType, RowShape};
 use kernels::experts::Activation;
 use kernels::rope::Rotation;
 use kernels::route::RouterRule;
@@ -292,8 +293,14 @@ impl LayerSpec {
     /// Widths of the rows this layer caches for one token: one entry per paged cache.
     pub fn cache_rows(&self) -> CacheRows {
         match &self.mixer {
-            Mixer::Gqa(g) => CacheRows { widths: [g.kv_heads * g.head_dim; 2], count: 2 },
-            Mixer::Mla(m) => CacheRows { widths: [m.kv_rank + m.rope_dim, 0], count: 1 },
+            Mixer::Gqa(g) => {
+                let row = RowShape { heads: g.kv_heads, width: g.head_dim, plain: 0 };
+                CacheRows { shapes: [row; 2], count: 2 }
+            }
+            Mixer::Mla(m) => {
+                let row = RowShape { heads: 1, width: m.kv_rank, plain: m.rope_dim };
+                CacheRows { shapes: [row; 2], count: 1 }
+            }
         }
     }
 
@@ -309,19 +316,24 @@ impl LayerSpec {
 /// What a layer caches per token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheRows {
-    widths: [usize; 2],
+    shapes: [RowShape; 2],
     count: usize,
 }
 
 impl CacheRows {
-    /// Values per token of each cache: `[latent | k_pe]` for MLA; keys, then values for GQA.
-    pub fn widths(&self) -> &[usize] {
-        &self.widths[..self.count]
+    /// A token's row in each cache: `[latent | k_pe]` for MLA; keys, then values for GQA.
+    pub fn shapes(&self) -> &[RowShape] {
+        &self.shapes[..self.count]
     }
 
     /// Values per token of all caches together.
     pub fn total(&self) -> usize {
-        self.widths().iter().sum()
+        self.shapes().iter().map(RowShape::values).sum()
+    }
+
+    /// Bytes per token of all caches together.
+    pub fn bytes(&self, cache_type: CacheType) -> usize {
+        self.shapes().iter().map(|shape| cache_type.row_bytes(*shape)).sum()
     }
 }
 
@@ -331,10 +343,10 @@ impl ModelConfig {
         self.layers.iter().map(|layer| layer.cache_rows().total()).sum()
     }
 
-    /// Cached values per token of the layers whose blocks are of a kind.
-    pub fn cache_values_of(&self, kind: BlockKind) -> usize {
+    /// Bytes that the layers whose blocks are of a kind cache per token.
+    pub fn cache_bytes_per_token(&self, kind: BlockKind, cache_type: CacheType) -> usize {
         let layers = self.layers.iter().filter(|layer| layer.block_kind() == kind);
-        layers.map(|layer| layer.cache_rows().total()).sum()
+        layers.map(|layer| layer.cache_rows().bytes(cache_type)).sum()
     }
 
     /// The widest window of layers that have one: behind it, their cache is read by none.

@@ -1,6 +1,6 @@
 //! The cache of all layers: rows by slot, 64 slots to a block.
 
-use kernels::attention::{CacheMut, CacheSlice, CacheType, PAGE, Pages, write_rows};
+use kernels::attention::{CacheMut, CacheSlice, CacheType, PAGE, Pages, RowShape, write_rows};
 use kernels::rows::Rows;
 
 use crate::batch::BlockKind;
@@ -37,9 +37,7 @@ impl KvCache {
         capacity: &Capacity,
         kind: BlockKind,
     ) -> usize {
-        let cache_type = cache_type(numerics, capacity);
-        let layers = config.layers.iter().filter(|layer| layer.block_kind() == kind);
-        layers.map(|layer| LayerCache::block_bytes(layer.cache_rows(), cache_type)).sum()
+        config.cache_bytes_per_token(kind, cache_type(numerics, capacity)) * PAGE
     }
 
     /// The cache of a layer.
@@ -47,7 +45,8 @@ impl KvCache {
         &self.layers[index].1
     }
 
-    pub(super) fn layer_mut(&mut self, index: usize) -> &mut LayerCache {
+    /// As [`KvCache::layer`], to write to.
+    pub fn layer_mut(&mut self, index: usize) -> &mut LayerCache {
         &mut self.layers[index].1
     }
 
@@ -87,32 +86,29 @@ pub struct LayerCache {
     pub stores: Vec<Store>,
 }
 
-/// Rows of `width` values by slot. Zeroed memory is not resident before it is written.
+/// Rows of one shape by slot. Zeroed memory is not resident before it is written.
 pub struct Store {
-    width: usize,
+    shape: RowShape,
     values: Values,
 }
 
 enum Values {
     F32(Vec<f32>),
     Bf16(Vec<u16>),
+    Fp8(Vec<u8>),
 }
 
 impl LayerCache {
     fn new(rows: CacheRows, slots: usize, cache_type: CacheType) -> Self {
-        let store = |&width: &usize| Store {
-            width,
+        let store = |&shape: &RowShape| Store {
+            shape,
             values: match cache_type {
-                CacheType::F32 => Values::F32(vec![0.0; slots * width]),
-                CacheType::Bf16 => Values::Bf16(vec![0; slots * width]),
+                CacheType::F32 => Values::F32(vec![0.0; slots * shape.values()]),
+                CacheType::Bf16 => Values::Bf16(vec![0; slots * shape.values()]),
+                CacheType::Fp8 => Values::Fp8(vec![0; slots * cache_type.row_bytes(shape)]),
             },
         };
-        Self { stores: rows.widths().iter().map(store).collect() }
-    }
-
-    /// Bytes of one block of such a cache.
-    fn block_bytes(rows: CacheRows, cache_type: CacheType) -> usize {
-        rows.total() * PAGE * cache_type.bytes()
+        Self { stores: rows.shapes().iter().map(store).collect() }
     }
 
     /// Copies a block to the front of `out` and gives the rest of it.
@@ -138,58 +134,77 @@ impl LayerCache {
     /// Makes block `to` a copy of `from`.
     fn copy_block(&mut self, from: u32, to: u32) {
         for store in &mut self.stores {
-            let len = PAGE * store.width;
+            let len = store.block_values();
             let (from, to) = (from as usize * len, to as usize * len);
             match &mut store.values {
                 Values::F32(values) => values.copy_within(from..from + len, to),
                 Values::Bf16(values) => values.copy_within(from..from + len, to),
+                Values::Fp8(bytes) => bytes.copy_within(from..from + len, to),
             }
         }
     }
 }
 
 impl Store {
-    /// Writes rows to slots.
-    pub(super) fn write(&mut self, slots: &[u32], rows: &[f32]) {
+    /// Writes rows `[slots, values]` to slots.
+    pub fn write(&mut self, slots: &[u32], rows: &[f32]) {
+        let shape = self.shape;
         let cache = match &mut self.values {
             Values::F32(values) => CacheMut::F32(values),
             Values::Bf16(values) => CacheMut::Bf16(values),
+            Values::Fp8(data) => CacheMut::Fp8 { data, shape },
         };
-        write_rows(cache, self.width, slots, Rows::new(rows, self.width));
+        write_rows(cache, shape.values(), slots, Rows::new(rows, shape.values()));
     }
 
     /// The rows of a sequence with this block table.
     pub fn pages<'a>(&'a self, table: &'a [u32]) -> Pages<'a> {
+        let shape = self.shape;
         let data = match &self.values {
             Values::F32(values) => CacheSlice::F32(values),
             Values::Bf16(values) => CacheSlice::Bf16(values),
+            Values::Fp8(data) => CacheSlice::Fp8 { data, shape },
         };
-        Pages { data, row: self.width, table }
+        Pages { data, row: shape.values(), table }
+    }
+
+    fn cache_type(&self) -> CacheType {
+        match self.values {
+            Values::F32(_) => CacheType::F32,
+            Values::Bf16(_) => CacheType::Bf16,
+            Values::Fp8(_) => CacheType::Fp8,
+        }
     }
 
     fn block_bytes(&self) -> usize {
-        let value = match self.values {
-            Values::F32(_) => 4,
-            Values::Bf16(_) => 2,
-        };
-        PAGE * self.width * value
+        PAGE * self.cache_type().row_bytes(self.shape)
+    }
+
+    /// Elements of the vector that a block takes.
+    fn block_values(&self) -> usize {
+        match self.values {
+            Values::F32(_) | Values::Bf16(_) => PAGE * self.shape.values(),
+            Values::Fp8(_) => self.block_bytes(),
+        }
     }
 
     fn read_block(&self, block: u32, out: &mut [u8]) {
-        let len = PAGE * self.width;
+        let len = self.block_values();
         let first = block as usize * len;
         match &self.values {
             Values::F32(values) => put(&values[first..][..len], out, f32::to_le_bytes),
             Values::Bf16(values) => put(&values[first..][..len], out, u16::to_le_bytes),
+            Values::Fp8(bytes) => out.copy_from_slice(&bytes[first..][..len]),
         }
     }
 
     fn write_block(&mut self, block: u32, bytes: &[u8]) {
-        let len = PAGE * self.width;
+        let len = self.block_values();
         let first = block as usize * len;
         match &mut self.values {
             Values::F32(values) => take(&mut values[first..][..len], bytes, f32::from_le_bytes),
             Values::Bf16(values) => take(&mut values[first..][..len], bytes, u16::from_le_bytes),
+            Values::Fp8(values) => values[first..][..len].copy_from_slice(bytes),
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
-use kernels::attention::PAGE;
+use kernels::attention::{PAGE, RowShape};
 use kernels::rope::Rotation;
 
 use super::tensors::{Tensors, rms_norm, tensor, values};
@@ -25,8 +25,8 @@ pub(super) struct LayerCache {
 impl LayerCache {
     /// Zeroed; the system gives memory to rows as they are first written.
     pub(super) fn new(layer: &LayerSpec, slots: usize) -> Self {
-        let rows = |&width: &usize| (width, vec![0.0; slots * width]);
-        Self { kinds: layer.cache_rows().widths().iter().map(rows).collect() }
+        let rows = |shape: &RowShape| (shape.values(), vec![0.0; slots * shape.values()]);
+        Self { kinds: layer.cache_rows().shapes().iter().map(rows).collect() }
     }
 
     /// The values of a block, kind after kind.

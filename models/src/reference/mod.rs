@@ -137,7 +137,7 @@ impl Runner for ReferenceRunner {
     }
 
     fn block_bytes(&self, kind: BlockKind) -> usize {
-        self.model.config.cache_values_of(kind) * PAGE * 4
+        self.model.config.cache_bytes_per_token(kind, CacheType::F32) * PAGE
     }
 
     fn read_block(&self, kind: BlockKind, block: u32, out: &mut [u8]) {
