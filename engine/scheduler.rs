@@ -295,10 +295,15 @@ impl Scheduler {
         let entry = &self.waiting[&id];
         let blocks = self.longest_prefix(entry, archived);
         let tokens = blocks * models::batch::PAGE_TOKENS;
-        if let Some(&next) = entry.keys[..entry.reusable()].get(blocks)
-            && self.claims.contains_key(&next)
-        {
-            self.waiting.get_mut(&id).expect("just seen").blocked_on = Some(next);
+        // What another computes, or reads from the archive, is waited for instead of doing it again.
+        let lacks = |kind: &Kind, index, key| index >= kind.first(tokens) && kind.pool.find(key).is_none();
+        let awaited = entry.keys[..entry.reusable()].iter().enumerate().find(|&(index, key)| {
+            let needed =
+                index == blocks || index < blocks && self.kinds.iter().any(|kind| lacks(kind, index, *key));
+            needed && self.claims.contains_key(key)
+        });
+        if let Some((_, &key)) = awaited {
+            self.waiting.get_mut(&id).expect("just seen").blocked_on = Some(key);
             return Attempt::Blocked;
         }
         if !self.running.is_empty() && !self.has_room(entry, blocks) {
