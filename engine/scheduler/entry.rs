@@ -122,8 +122,7 @@ impl Entry {
         tokens: usize,
         copies: &mut Vec<(SequenceId, Copy)>,
     ) {
-        for place in 0..kinds.len() {
-            let Kind { kind, pool, .. } = &mut kinds[place];
+        for (place, Kind { kind, pool, .. }) in kinds.iter_mut().enumerate() {
             let tail = self.shared_tail(&self.tables[place], pool);
             let ids = &mut self.tables[place].ids;
             let mut take = || pool.take().expect("there is room");
