@@ -1,31 +1,174 @@
-//! Every byte, before anything is loaded: what the weights, the cache and the buffers will take, and
-//! whether the machine has it.
+//! Every byte, before anything is loaded: what the weights, the KV pool and the buffers will take, and whether the
+//! machine has it.
+//!
+//! [`fit`] splits what there is: it chooses the context, the blocks of the KV pool and the engine's other limits.
+//! `split` holds its rules, `outline` counts the weights of a model that need not be there, `system` asks what is
+//! available, `size` reads and writes numbers of bytes. Nothing here allocates what it plans.
+
+pub mod outline;
+mod size;
+mod split;
+mod system;
 
 use std::fmt;
 
-use models::cpu::CpuRunner;
-use models::{Capacity, ModelConfig, Numerics};
+use kernels::attention::CacheType;
+use models::batch::{BlockKind, PAGE_TOKENS, WantLogits};
+use models::config::Ffn;
+use models::cpu::{CpuRunner, KvCache};
+use models::{Batch, Capacity, Component, Model, ModelConfig, Numerics};
 
 use crate::engine::EngineOptions;
 use crate::error::Error;
+use crate::store::BlockStore;
 
-/// Context that is planned for unless the user says otherwise, if it fits.
-const DEFAULT_CONTEXT: usize = 32 * 1024;
-/// Context below which a default is not reduced.
-const MIN_CONTEXT: usize = 2048;
+pub use size::{Bytes, Count, parse_size};
+pub use split::{Wishes, fit, fit_into};
+pub use system::{available_memory, peak_resident_bytes};
+
+/// The weights of a model, by how they must be at hand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Weights {
+    /// Read where they are in the files: resident as far as they are touched, and reclaimable.
+    pub mapped_bytes: usize,
+    /// In 8-bit copies (`--dense-format q8`), which stay.
+    pub copied_bytes: usize,
+    /// Of the mapped ones, those of routed experts.
+    pub expert_bytes: usize,
+    /// What one decoded token reads, copies included.
+    pub token_bytes: usize,
+    /// Of these, of routed experts.
+    pub token_expert_bytes: usize,
+}
+
+impl Weights {
+    /// Of an open model. Reads headers only.
+    pub fn of(model: &Model) -> Self {
+        let mut batch = Batch::default();
+        batch.push(&[0], 0, &[0], WantLogits::Last);
+        let experts = |count: fn(&models::config::Moe) -> usize| -> usize {
+            let of = |layer: &models::config::LayerSpec| match &layer.ffn {
+                Ffn::Moe(moe) => count(moe),
+                Ffn::Dense(_) => 0,
+            };
+            let counts: Vec<usize> = model.config.layers.iter().map(of).collect();
+            let cost = bench::cost::cost(model, Numerics::Model, &batch, &counts);
+            cost.of(Component::RoutedExperts).bytes as usize
+        };
+        let none = bench::cost::cost(model, Numerics::Model, &batch, &vec![0; model.config.layers.len()]);
+        let trunk = [
+            Component::AttentionProjections,
+            Component::Router,
+            Component::SharedExpert,
+            Component::DenseFfn,
+            Component::Head,
+        ];
+        let token_expert_bytes = experts(|moe| moe.rule.top_k);
+        Self {
+            mapped_bytes: model.weight_bytes(),
+            copied_bytes: model.q8.map_or(0, |copy| copy.copied_bytes),
+            expert_bytes: experts(|moe| moe.rule.experts),
+            token_bytes: trunk.iter().map(|part| none.of(*part).bytes as usize).sum::<usize>()
+                + token_expert_bytes,
+            token_expert_bytes,
+        }
+    }
+
+    /// Mapped weights that every token reads.
+    pub fn trunk_bytes(&self) -> usize {
+        self.token_bytes.saturating_sub(self.token_expert_bytes).saturating_sub(self.copied_bytes)
+    }
+}
+
+/// The KV pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// How values are stored.
+    pub cache_type: CacheType,
+    /// Blocks of layers that see everything.
+    pub blocks: usize,
+    /// Bytes of such a block, all layers.
+    pub block_bytes: usize,
+    /// Blocks of layers with a window.
+    pub window_blocks: usize,
+    /// Bytes of such a block, all layers.
+    pub window_block_bytes: usize,
+}
+
+impl Pool {
+    fn new(config: &ModelConfig, numerics: Numerics, capacity: &Capacity) -> Self {
+        let block_bytes = |kind| KvCache::block_bytes(config, numerics, capacity, kind);
+        Self {
+            cache_type: capacity.cache_type.unwrap_or(numerics.cache_type()),
+            blocks: capacity.blocks,
+            block_bytes: block_bytes(BlockKind::Full),
+            window_blocks: capacity.window_blocks,
+            window_block_bytes: block_bytes(BlockKind::Window),
+        }
+    }
+
+    /// All of it.
+    pub fn bytes(&self) -> usize {
+        let full = self.blocks.saturating_mul(self.block_bytes);
+        full.saturating_add(self.window_blocks.saturating_mul(self.window_block_bytes))
+    }
+
+    /// Tokens that it holds, of all requests together; those of a shared prefix count once.
+    pub fn tokens(&self) -> usize {
+        self.blocks * PAGE_TOKENS
+    }
+
+    /// Bytes that a token takes for good.
+    pub fn token_bytes(&self) -> usize {
+        self.block_bytes / PAGE_TOKENS
+    }
+
+    /// Bytes that it takes besides, while it is inside the windows.
+    pub fn window_token_bytes(&self) -> usize {
+        self.window_block_bytes / PAGE_TOKENS
+    }
+}
+
+/// The name of a way to store cached values, as on the command line.
+pub fn cache_type_name(cache_type: CacheType) -> &'static str {
+    match cache_type {
+        CacheType::F32 => "f32",
+        CacheType::Bf16 => "bf16",
+        CacheType::Fp8 => "fp8",
+    }
+}
+
+/// What the label of the numerics says of the cache: nothing, unless it is coarser than published.
+pub fn cache_type_label(cache_type: CacheType) -> &'static str {
+    match cache_type {
+        CacheType::F32 | CacheType::Bf16 => "",
+        CacheType::Fp8 => "+fp8-kv",
+    }
+}
+
+/// Where weights will be, by what the machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Residency {
+    /// All in memory.
+    Memory,
+    /// What every token needs is in memory; routed experts come from disk as far as they do not fit.
+    ExpertsFromDisk,
+    /// Not even what every token needs fits: each token reads it from disk.
+    Disk,
+}
 
 /// Bytes by what they are for.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryPlan {
-    /// Mapped weights; resident as far as they are touched, and reclaimable.
-    pub weight_bytes: usize,
-    /// 8-bit copies of weights, made by the time of this plan.
-    pub copied_bytes: usize,
-    /// The cache; allocated at start, resident as it fills.
-    pub cache_bytes: usize,
+    /// The model's weights.
+    pub weights: Weights,
+    /// The KV pool; allocated at start, resident as it fills.
+    pub pool: Pool,
     /// Activations, logits and other buffers.
     pub scratch_bytes: usize,
-    /// What the system can give, if it says.
+    /// Buffers of the store behind the pool, if there is one.
+    pub staging_bytes: usize,
+    /// What the system can give, if it says; after 8-bit copies were made.
     pub available_bytes: Option<usize>,
 }
 
@@ -33,26 +176,48 @@ impl MemoryPlan {
     /// The plan for one engine on the cpu runner.
     pub fn new(
         config: &ModelConfig,
-        (weight_bytes, copied_bytes): (usize, usize),
+        weights: Weights,
         numerics: Numerics,
         options: &EngineOptions,
+        (store, available_bytes): (bool, Option<usize>),
     ) -> Self {
-        let (cache_bytes, runner_bytes) = CpuRunner::plan(config, numerics, &options.capacity());
+        let capacity = options.capacity();
+        let (_, runner_bytes) = CpuRunner::plan(config, numerics, &capacity);
+        let pool = Pool::new(config, numerics, &capacity);
         // Logits of every running request, and the sampler's copy and candidates of one.
-        let logits = config.vocab * (4 * options.running + 20);
-        let available_bytes = available_memory();
+        let logits = config.vocab.saturating_mul(4 * options.running + 20);
+        let staging = BlockStore::staging_bytes(pool.block_bytes + pool.window_block_bytes) as usize;
         Self {
-            weight_bytes,
-            copied_bytes,
-            cache_bytes,
-            scratch_bytes: runner_bytes + logits,
+            weights,
+            pool,
+            scratch_bytes: runner_bytes.saturating_add(logits),
+            staging_bytes: if store { staging } else { 0 },
             available_bytes,
         }
     }
 
     /// What must fit for good: mapped weights can be dropped and read again, the rest cannot.
     pub fn required_bytes(&self) -> usize {
-        self.cache_bytes + self.scratch_bytes
+        self.pool.bytes().saturating_add(self.buffer_bytes())
+    }
+
+    /// Scratch and staging.
+    pub fn buffer_bytes(&self) -> usize {
+        self.scratch_bytes.saturating_add(self.staging_bytes)
+    }
+
+    /// What is left for mapped weights; none if the system does not say what there is.
+    pub fn room_for_weights(&self) -> Option<usize> {
+        Some(self.available_bytes?.saturating_sub(self.required_bytes()))
+    }
+
+    /// Where weights will be; in memory if the system does not say how much there is.
+    pub fn residency(&self) -> Residency {
+        match self.room_for_weights() {
+            Some(room) if room < self.weights.trunk_bytes() => Residency::Disk,
+            Some(room) if room < self.weights.mapped_bytes => Residency::ExpertsFromDisk,
+            _ => Residency::Memory,
+        }
     }
 
     /// Refuses a plan that the machine cannot hold.
@@ -62,9 +227,11 @@ impl MemoryPlan {
     pub fn check(&self) -> Result<(), Error> {
         match self.available_bytes {
             Some(available) if self.required_bytes() > available => Err(Error::Unsupported(format!(
-                "cache ({}) and buffers ({}) need {}, but {} are available; choose a smaller --context",
-                Bytes(self.cache_bytes),
-                Bytes(self.scratch_bytes),
+                "the KV pool ({} for {} tokens) and buffers ({}) need {}, but {} are available; choose a smaller \
+                 --context or --kv-memory",
+                Bytes(self.pool.bytes()),
+                Count(self.pool.tokens()),
+                Bytes(self.buffer_bytes()),
                 Bytes(self.required_bytes()),
                 Bytes(available),
             ))),
@@ -75,53 +242,25 @@ impl MemoryPlan {
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (weights, cache, scratch) = (self.weight_bytes, self.cache_bytes, self.scratch_bytes);
-        write!(f, "weights {} (mapped), ", Bytes(weights))?;
-        if self.copied_bytes > 0 {
-            write!(f, "8-bit copies {}, ", Bytes(self.copied_bytes))?;
+        let Self { weights, pool, .. } = self;
+        let (mapped, token) = (Bytes(weights.mapped_bytes), Bytes(weights.token_bytes));
+        write!(f, "weights {mapped} (mapped, {token} per token), ")?;
+        if weights.copied_bytes > 0 {
+            write!(f, "8-bit copies {}, ", Bytes(weights.copied_bytes))?;
         }
-        write!(f, "cache {}, buffers {}", Bytes(cache), Bytes(scratch))?;
-        match self.available_bytes {
-            Some(available) => write!(f, "; {} available", Bytes(available)),
-            None => Ok(()),
+        let (bytes, tokens, name) =
+            (Bytes(pool.bytes()), Count(pool.tokens()), cache_type_name(pool.cache_type));
+        write!(f, "KV pool {bytes} ({tokens} tokens, {name}), buffers {}", Bytes(self.scratch_bytes))?;
+        if self.staging_bytes > 0 {
+            write!(f, ", staging {}", Bytes(self.staging_bytes))?;
         }
-    }
-}
-
-/// The engine's limits for `sequences` requests at a time: the user's context, or the default one
-/// made smaller until it fits.
-///
-/// # Errors
-/// If the user's context exceeds the model's, or nothing fits.
-pub fn fit(
-    config: &ModelConfig,
-    weight_bytes: (usize, usize),
-    numerics: Numerics,
-    context: Option<usize>,
-    sequences: usize,
-) -> Result<(EngineOptions, MemoryPlan), Error> {
-    let longest = config.max_positions;
-    let plan = |context: usize| {
-        let options = EngineOptions::new(context, sequences, config.window());
-        (options, MemoryPlan::new(config, weight_bytes, numerics, &options))
-    };
-    if let Some(context) = context {
-        if context > longest {
-            let message =
-                format!("--context {context} is more than the {longest} tokens the model was made for");
-            return Err(Error::Unsupported(message));
+        if let Some(available) = self.available_bytes {
+            write!(f, "; {} available", Bytes(available))?;
         }
-        let (options, plan) = plan(context);
-        plan.check()?;
-        return Ok((options, plan));
-    }
-    let mut context = longest.min(DEFAULT_CONTEXT);
-    loop {
-        let (options, plan) = plan(context);
-        match plan.check() {
-            Ok(()) => return Ok((options, plan)),
-            Err(_) if context > MIN_CONTEXT => context = (context / 2).max(MIN_CONTEXT),
-            Err(error) => return Err(error),
+        match self.residency() {
+            Residency::Memory => Ok(()),
+            Residency::ExpertsFromDisk => f.write_str(": experts will be read from disk"),
+            Residency::Disk => f.write_str(": weights will be read from disk again and again"),
         }
     }
 }
@@ -147,52 +286,5 @@ pub fn check_available(what: &str, bytes: usize) -> Result<(), Error> {
             Err(Error::Unsupported(format!("{what} need {bytes}, but {available} are available")))
         }
         _ => Ok(()),
-    }
-}
-
-/// What Linux calls `MemAvailable`.
-fn available_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
-}
-
-/// The most memory this process has had resident, in bytes; 0 where the system does not say.
-pub fn peak_resident_bytes() -> usize {
-    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok());
-    kib.unwrap_or(0) * 1024
-}
-
-/// A number of bytes for people.
-pub struct Bytes(pub usize);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-        let mut value = self.0 as f64;
-        let mut unit = 0;
-        while value >= 1024.0 && unit + 1 < UNITS.len() {
-            value /= 1024.0;
-            unit += 1;
-        }
-        match unit {
-            0 => write!(f, "{} B", self.0),
-            _ => write!(f, "{value:.1} {}", UNITS[unit]),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bytes_are_readable() {
-        assert_eq!(Bytes(900).to_string(), "900 B");
-        assert_eq!(Bytes(1536).to_string(), "1.5 KiB");
-        assert_eq!(Bytes(18_421_383_168).to_string(), "17.2 GiB");
     }
 }

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::engine::{ArchiveOptions, Engine, EngineParts};
 use crate::error::Error;
 use crate::loaded::{DenseFormat, Loaded};
-use crate::memory::{self, MemoryPlan};
+use crate::memory::{self, MemoryPlan, Weights, Wishes};
 use crate::prefix;
 use crate::report::Observer;
 use crate::request::{Event, Generate, Request, Summary};
@@ -44,12 +44,14 @@ pub struct SessionOptions {
     pub sequences: usize,
     /// Form of the float weights.
     pub dense: DenseFormat,
-    /// Where cached prefixes outlive the engine; `None` = nowhere.
-    pub archive: Option<ArchiveOptions>,
-    /// Most tokens of a step, and so of a chunk of a prompt; `None` = 512.
-    pub step_tokens: Option<usize>,
+    /// Bytes of the KV pool; `None` = planned by what fits.
+    pub kv_memory: Option<usize>,
     /// How cached values are stored; `None` = as the numerics say.
     pub kv_type: Option<CacheType>,
+    /// Most tokens of a step, and so of a chunk of a prompt; `None` = 512.
+    pub step_tokens: Option<usize>,
+    /// Where cached prefixes outlive the engine; `None` = nowhere.
+    pub archive: Option<ArchiveOptions>,
 }
 
 impl SessionOptions {
@@ -58,6 +60,18 @@ impl SessionOptions {
         match self.runner {
             RunnerKind::Reference => Numerics::Reference,
             RunnerKind::Cpu => self.numerics.unwrap_or(Numerics::Model),
+        }
+    }
+
+    /// What the memory plan is asked for.
+    pub fn wishes(&self) -> Wishes {
+        Wishes {
+            context: self.context,
+            kv_memory: self.kv_memory,
+            cache_type: self.kv_type,
+            sequences: self.sequences,
+            step_tokens: self.step_tokens,
+            store: self.archive.is_some(),
         }
     }
 
@@ -145,20 +159,14 @@ impl Session {
     ) -> Result<Self, Error> {
         let begun = Instant::now();
         let model = &loaded.model;
-        let weights = (model.weight_bytes(), model.q8.map_or(0, |copy| copy.copied_bytes));
-        let sequences = options.sequences.max(1);
-        let (mut limits, mut plan) =
-            memory::fit(&model.config, weights, options.numerics(), options.context, sequences)?;
-        limits.cache_type = options.kv_type;
-        if let Some(tokens) = options.step_tokens {
-            limits.step_tokens = tokens.clamp(sequences, limits.context.max(sequences));
-            plan = MemoryPlan::new(&model.config, weights, options.numerics(), &limits);
-        }
+        let weights = Weights::of(model);
+        let (limits, plan) = memory::fit(&model.config, weights, options.numerics(), &options.wishes())?;
         let pool = options.pool()?;
         let threads = pool.current_num_threads();
         let runner = options.runner(model, limits.capacity())?;
-        let (name, numerics) = (runner.name(), model.numerics_label(runner.numerics()));
         let cache_type = limits.cache_type.unwrap_or(runner.numerics().cache_type());
+        let name = runner.name();
+        let numerics = model.numerics_label(runner.numerics()) + memory::cache_type_label(cache_type);
         let identity = prefix::identity(model, &*runner, &format!("{cache_type:?}"));
         let parts = EngineParts {
             runner,
@@ -179,6 +187,11 @@ impl Session {
             load_seconds: begun.elapsed().as_secs_f64(),
             loaded,
         })
+    }
+
+    /// What the model takes, in one line for the start.
+    pub fn plan_line(&self) -> String {
+        format!("{}: context {} tokens; {}", self.loaded.name, self.context, self.plan)
     }
 
     /// Ids for a prompt: in chat form if the model has one, else the plain text.

@@ -6,6 +6,7 @@ mod chat;
 mod check;
 mod inspect;
 mod interrupt;
+mod plan;
 mod run;
 #[cfg(feature = "server")]
 mod serve;
@@ -13,13 +14,18 @@ mod synth;
 mod trace;
 
 use std::io::ErrorKind;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::error::ErrorKind as Wrong;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use kernels::attention::CacheType;
 use models::Numerics;
 
+use crate::engine::ArchiveOptions;
 use crate::error::Error;
 use crate::loaded::DenseFormat;
+use crate::memory::parse_size;
 use crate::request::{Request, SamplingParams};
 use crate::session::{RunnerKind, SessionOptions};
 
@@ -43,6 +49,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Show what is in the files: architecture, parameters, formats, bytes, KV bytes per token
     Inspect(inspect::InspectArgs),
+    /// Show what a model needs and how fast it can be on this machine, from its configuration and index alone
+    Plan(plan::PlanArgs),
     /// Write logits and routing of given tokens as a safetensors file
     Trace(trace::TraceArgs),
     /// Compare two runners layer by layer and name the first that differs
@@ -76,6 +84,74 @@ struct ComputeArgs {
     /// Longest prompt plus output, in tokens [default: what fits, up to 32768]
     #[arg(long, allow_negative_numbers = true)]
     context: Option<usize>,
+}
+
+/// The KV cache: how large, how exact, and where it goes when it leaves memory.
+#[derive(Args, Clone)]
+struct CacheArgs {
+    /// Memory of the KV pool, e.g. 4GiB [default: for --context of all parallel requests, if that fits]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    kv_memory: Option<usize>,
+    /// How keys and values are stored; fp8 is coarser than the model was published for [default: bf16; with
+    /// --numerics reference f32]
+    #[arg(long, value_enum)]
+    kv_type: Option<KvTypeArg>,
+    /// Folder that keeps cached prompts for later requests and later runs
+    #[arg(long, value_name = "DIR")]
+    kv_cache_dir: Option<PathBuf>,
+    /// Most bytes of that folder [default: 10GiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "kv_cache_dir")]
+    kv_cache_size: Option<usize>,
+}
+
+/// Bytes of `--kv-cache-dir` unless the user says otherwise.
+const KV_CACHE_BYTES: u64 = 10 << 30;
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KvTypeArg {
+    F32,
+    Bf16,
+    Fp8,
+}
+
+impl KvTypeArg {
+    /// As the kernels name it; none if this build has no kernels for it.
+    fn cache_type(self) -> Option<CacheType> {
+        match self {
+            Self::F32 => Some(CacheType::F32),
+            Self::Bf16 => Some(CacheType::Bf16),
+            Self::Fp8 => Some(CacheType::Fp8),
+        }
+    }
+}
+
+impl CacheArgs {
+    /// Adds what these say to how a model runs.
+    fn apply(&self, compute: &ComputeArgs, options: SessionOptions) -> SessionOptions {
+        let wrong = |message: &str| -> ! { Cli::command().error(Wrong::ArgumentConflict, message).exit() };
+        let coarse = self.kv_type.is_some_and(|kv_type| kv_type != KvTypeArg::F32);
+        if coarse && compute.is_exact() {
+            wrong(
+                "--kv-type bf16 and fp8 are coarser than --numerics reference and --runner reference allow",
+            );
+        }
+        if self.kv_type == Some(KvTypeArg::Fp8) {
+            static SAID: std::sync::Once = std::sync::Once::new();
+            SAID.call_once(|| eprintln!("--kv-type fp8: cached keys and values of 8 bits"));
+        }
+        let cache_type = |kv_type: KvTypeArg| match kv_type.cache_type() {
+            Some(cache_type) => cache_type,
+            None => wrong("--kv-type fp8 is not in this build yet; bf16 and f32 are"),
+        };
+        let limit_bytes = self.kv_cache_size.map_or(KV_CACHE_BYTES, |bytes| bytes as u64);
+        let store = |folder: &PathBuf| ArchiveOptions { folder: folder.clone(), limit_bytes };
+        SessionOptions {
+            kv_memory: self.kv_memory,
+            kv_type: self.kv_type.map(cache_type),
+            archive: self.kv_cache_dir.as_ref().map(store),
+            ..options
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -123,17 +199,20 @@ impl ComputeArgs {
         });
     }
 
+    /// Whether nothing coarser than f32 is allowed.
+    fn is_exact(&self) -> bool {
+        matches!(self.numerics, Some(NumericsArg::Reference)) || matches!(self.runner, RunnerArg::Reference)
+    }
+
     fn options(&self) -> SessionOptions {
         let numerics = self.numerics.map(|numerics| match numerics {
             NumericsArg::Reference => Numerics::Reference,
             NumericsArg::Model => Numerics::Model,
         });
-        let exact = matches!(self.numerics, Some(NumericsArg::Reference))
-            || matches!(self.runner, RunnerArg::Reference);
-        if exact && (self.activations.is_some() || self.dense_format.is_some()) {
+        if self.is_exact() && (self.activations.is_some() || self.dense_format.is_some()) {
             let message = "--activations and --dense-format are coarser than --numerics reference and \
                  --runner reference allow";
-            Cli::command().error(clap::error::ErrorKind::ArgumentConflict, message).exit();
+            Cli::command().error(Wrong::ArgumentConflict, message).exit();
         }
         let numerics = match self.activations {
             Some(ActivationsArg::Int8) => Some(Numerics::Int8Activations),
@@ -147,9 +226,7 @@ impl ComputeArgs {
             runner: self.runner.into(),
             context: self.context,
             sequences: 1,
-            archive: None,
-            step_tokens: None,
-            kv_type: None,
+            ..SessionOptions::default()
         };
         if numerics.is_some_and(|numerics| numerics != options.numerics()) {
             eprintln!("warning: the reference runner always computes in f32 (--numerics reference)");
@@ -231,6 +308,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "server")]
         Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Trace(args)) => trace::run(&args),
         Some(Command::Check(args)) => check::run(&args),
         Some(Command::Synth(args)) => synth::run(&args),

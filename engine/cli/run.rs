@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::json;
 
-use super::{ComputeArgs, DEMO, SamplingArgs, chat, interrupt, print, usage};
+use super::{CacheArgs, ComputeArgs, DEMO, SamplingArgs, chat, interrupt, print, usage};
 use crate::error::Error;
 use crate::memory::{Bytes, peak_resident_bytes};
 use crate::progress::{Progress, Unit};
@@ -40,6 +40,8 @@ pub struct RunArgs {
     json: bool,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -81,7 +83,7 @@ pub fn demo() -> Result<ExitCode, Error> {
 
 /// `moebius run`.
 pub fn run(args: &RunArgs) -> Result<ExitCode, Error> {
-    let options = args.compute.options();
+    let options = args.cache.apply(&args.compute, args.compute.options());
     let interactive = args.prompt.is_none() && std::io::stdin().is_terminal();
     if interactive && args.json {
         return Ok(usage("--json needs a PROMPT"));
@@ -97,7 +99,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode, Error> {
     }
 
     let session = Session::open(&args.model, &options)?;
-    eprintln!("{}: context {} tokens; {}", session.loaded.name, session.context, session.plan);
+    eprintln!("{}", session.plan_line());
     interrupt::install();
     let Some(prompt) = prompt else { return chat::chat(&session, &args.form(), &args.sampling) };
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::{ComputeArgs, DEMO, SamplingArgs};
+use super::{CacheArgs, ComputeArgs, DEMO, SamplingArgs};
 use crate::error::Error;
 use crate::request::Generate;
 use crate::server::{self, ApiKey, AppState, ServerOptions};
@@ -45,14 +45,17 @@ pub struct ServeArgs {
     #[command(flatten)]
     compute: ComputeArgs,
     #[command(flatten)]
+    cache: CacheArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
 pub fn run(args: &ServeArgs) -> Result<ExitCode, Error> {
     let api_key = args.api_key_file.as_deref().map(read_key).transpose()?;
-    let options = SessionOptions { sequences: usize::from(args.parallel), ..args.compute.options() };
+    let options = args.cache.apply(&args.compute, args.compute.options());
+    let options = SessionOptions { sequences: usize::from(args.parallel), ..options };
     let session = Session::open(&args.model, &options)?;
-    eprintln!("{}: context {} tokens; {}", session.loaded.name, session.context, session.plan);
+    eprintln!("{}", session.plan_line());
     let defaults = &session.loaded.defaults;
     let mut sampling = defaults.sampling.clone();
     args.sampling.apply_sampling(&mut sampling);

@@ -2,7 +2,6 @@
 //! weights; or, with `--prefill`, a prompt really read to the end in chunks of given sizes, and again after a restart
 //! with its blocks on disk.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +16,7 @@ use bench::synth::Recipe;
 use clap::Args;
 
 use super::{Output, RowsArgs, measured};
-use crate::cli::{ComputeArgs, DEMO, interrupt, usage};
+use crate::cli::{CacheArgs, ComputeArgs, DEMO, interrupt, usage};
 use crate::engine::ArchiveOptions;
 use crate::error::Error;
 use crate::loaded::{Loaded, open_model};
@@ -47,10 +46,10 @@ pub struct ContextArgs {
     /// Timed steps [default: enough for a steady median]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     runs: Option<u32>,
-    #[arg(long)]
-    kv_cache_dir: Option<PathBuf>,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
     #[command(flatten)]
     rows: RowsArgs,
 }
@@ -67,7 +66,7 @@ fn full_cache(args: &ContextArgs) -> Result<ExitCode, Error> {
         }
         Err(error) => return Err(Error::Unsupported(error.to_string())),
     };
-    let session = args.compute.options();
+    let session = args.cache.apply(&args.compute, args.compute.options());
     let tokens = args.tokens.map_or(config.max_positions, |tokens| tokens as usize);
     let options = ContextOptions {
         tokens,
@@ -94,17 +93,14 @@ struct Run {
 }
 
 fn prefill(args: &ContextArgs) -> Result<ExitCode, Error> {
-    let options = args.compute.options();
+    let options = args.cache.apply(&args.compute, args.compute.options());
     // Blocks of the first run go to disk, if anywhere, and come back for the last.
-    let archive = args.kv_cache_dir.clone().map(|folder| ArchiveOptions { folder, limit_bytes: 10 << 30 });
+    let archive = options.archive.clone();
     if let Some(ArchiveOptions { folder, .. }) = &archive
         && folder.read_dir().is_ok_and(|mut entries| entries.next().is_some())
     {
-        let place = PathBuf::from(folder);
-        return Ok(usage(&format!(
-            "--kv-cache-dir {} is not empty: nothing would be computed",
-            place.display()
-        )));
+        let place = folder.display();
+        return Ok(usage(&format!("--kv-cache-dir {place} is not empty: nothing would be computed")));
     }
     let mut runs = Vec::new();
     for (index, &chunk) in args.chunk.iter().enumerate() {

@@ -12,7 +12,7 @@ use bench::seeded::Seeded;
 use clap::Args;
 
 use super::{RowsArgs, measured};
-use crate::cli::{ComputeArgs, DEMO, usage};
+use crate::cli::{CacheArgs, ComputeArgs, DEMO, usage};
 use crate::error::Error;
 use crate::loaded::Loaded;
 use crate::report::StepReport;
@@ -54,6 +54,8 @@ pub struct ServeArgs {
     #[command(flatten)]
     compute: ComputeArgs,
     #[command(flatten)]
+    cache: CacheArgs,
+    #[command(flatten)]
     rows: RowsArgs,
 }
 
@@ -86,7 +88,7 @@ impl Watched {
         let longest = args.shared
             + args.private_max.max(args.private_min)
             + u32::from(args.rounds) * (args.turn + args.answer);
-        let options = args.compute.options();
+        let options = args.cache.apply(&args.compute, args.compute.options());
         let context = options.context.unwrap_or(longest as usize);
         let options = SessionOptions { sequences, context: Some(context), ..options };
         let loaded = Loaded::open_with(&args.model, options.dense)?;
