@@ -72,7 +72,7 @@ fn the_same_seed_gives_the_same_bytes_with_any_number_of_threads() {
     // A change of these bytes is a change of every number measured on a synthetic checkpoint.
     let shard = &one["model-00001-of-00001.safetensors"];
     let fnv = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01B3);
-    assert_eq!(format!("{:016x}", shard.iter().fold(0xCBF2_9CE4_8422_2325, fnv)), "803756d215069518");
+    assert_eq!(format!("{:016x}", shard.iter().fold(0xCBF2_9CE4_8422_2325, fnv)), "e1864406ecccf601");
 }
 
 /// Total parameters in billions, as published (prediction layers and vision towers left out).
@@ -189,7 +189,7 @@ fn slices_have_the_layers_asked_for() {
 fn shards_hold_at_most_what_was_asked_and_sparse_ones_have_the_same_form() {
     let temp = Temp::new("shards");
     let (real, sparse) = (temp.0.join("real"), temp.0.join("sparse"));
-    let options = Options { shard_bytes: 200_000, ..Options::default() };
+    let options = Options { shard_bytes: 100_000, ..Options::default() };
     let summary = synth(&tiny(), &real, &options);
     synth(&tiny(), &sparse, &Options { sparse: true, ..options });
     assert!(summary.shards > 8, "{}", summary.shards);
@@ -202,7 +202,7 @@ fn shards_hold_at_most_what_was_asked_and_sparse_ones_have_the_same_form() {
         assert_eq!(bytes.len(), sparse[name].len(), "{name}");
         let held = index["weight_map"].as_object().unwrap().values().filter(|shard| *shard == name).count();
         assert!(
-            held <= 1 || bytes.len() < 200_000 + 200 * (held + 1),
+            held <= 1 || bytes.len() < 100_000 + 200 * (held + 1),
             "{name}: {} bytes in {held} tensors",
             bytes.len()
         );

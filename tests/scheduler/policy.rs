@@ -42,7 +42,7 @@ impl Desk {
     /// What was planned has run: whose tokens are all cached gets one more.
     fn run(&mut self) {
         for share in &self.plan.shares {
-            self.scheduler.ran(*share, |_| {});
+            self.scheduler.ran(*share, |_, _| {});
             let (cached, known) = self.scheduler.progress(share.sequence);
             if cached == known {
                 let key = self.texts.get_mut(&share.sequence).unwrap().push(0);
@@ -158,7 +158,7 @@ fn forks_share_the_prompt_and_all_but_the_last_copy_its_end() {
     let mut desk = desk(200, 4, 20, None);
     let a = desk.add(0, &story(1, 100));
     desk.plan();
-    desk.scheduler.ran(desk.plan.shares[0], |_| {});
+    desk.scheduler.ran(desk.plan.shares[0], |_, _| {});
     let all = [a, desk.scheduler.fork(a), desk.scheduler.fork(a)];
     all.iter().for_each(|id| desk.scheduler.extend(*id, None));
     let used = |desk: &Desk| desk.scheduler.counts(BlockKind::Full).used;

@@ -356,7 +356,7 @@ impl Simulation {
         let (cached, known) = self.scheduler.progress(id);
         let done = cached + share.tokens;
         let mut heard = Vec::new();
-        self.scheduler.ran(share, |key| heard.push(key));
+        self.scheduler.ran(share, |_, key| heard.push(key));
         assert_eq!(self.scheduler.progress(id), (done, known));
         let live = self.lives.get_mut(&id).expect("only known sequences run");
         let filled = cached / PAGE_TOKENS..done / PAGE_TOKENS;
