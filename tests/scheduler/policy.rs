@@ -133,7 +133,8 @@ fn who_waits_for_a_prefix_goes_on_when_the_other_leaves() {
 #[test]
 fn the_youngest_loses_its_blocks_and_comes_back() {
     let mut desk = desk(200, 2, 8, None);
-    let (a, b) = (desk.add(0, &story(1, 150)), desk.add(0, &story(2, 150)));
+    // One token longer, because it begins one step later: both fill their blocks in the same step.
+    let (a, b) = (desk.add(0, &story(1, 150)), desk.add(0, &story(2, 151)));
     desk.step();
     let mut steps = 0;
     while desk.plan.preempted.is_empty() {
@@ -151,6 +152,43 @@ fn the_youngest_loses_its_blocks_and_comes_back() {
     let known = desk.texts[&b].len();
     assert_eq!(desk.step(), [(b, known - 192)]);
     assert_eq!(desk.plan.admitted, [(b, 192)], "the end of its blocks went first");
+}
+
+#[test]
+fn who_loses_its_blocks_loses_its_share_of_the_step() {
+    let mut desk = desk(2, 2, 9, None);
+    let b = desk.add(0, &story(1, 60));
+    while desk.scheduler.progress(b).1 == 60 {
+        desk.step();
+    }
+    // Older, and long: when it needs its fifth block, the other has five and was given its token already.
+    let a = desk.add(-1, &story(2, 300));
+    for _ in 0..256 {
+        assert_eq!(desk.step(), [(b, 1), (a, 1)]);
+    }
+    assert_eq!(desk.step(), [(a, 2)]);
+    assert_eq!(desk.plan.preempted, [b]);
+}
+
+#[test]
+fn who_waits_for_the_disk_can_lose_its_blocks_too() {
+    let mut desk = desk(500, 2, 7, None);
+    let text = Text::new(&story(1, 200));
+    desk.disk.extend(&text.keys);
+    let a = desk.add(0, &story(2, 60));
+    desk.step();
+    let b = desk.add(0, &text.tokens);
+    desk.step();
+    assert_eq!(desk.plan.restores[0].blocks.len(), 3);
+    while desk.plan.preempted.is_empty() {
+        assert_eq!(desk.step(), [(a, 1)]);
+    }
+    assert_eq!(desk.scheduler.progress(a).0, 257, "five of seven blocks");
+    desk.scheduler.remove(a);
+    assert_eq!(desk.plan(), []);
+    assert_eq!(desk.plan.restores[0].blocks.iter().map(|block| block.index).collect::<Vec<_>>(), [0, 1, 2]);
+    desk.scheduler.restored(b, 3);
+    assert_eq!(desk.step(), [(b, 8)]);
 }
 
 #[test]
@@ -212,8 +250,10 @@ fn what_the_disk_reads_for_one_is_not_read_again_for_another() {
     let b = desk.add(0, &[story(1, 128), story(3, 10)].concat());
     assert_eq!(desk.plan(), []);
     assert_eq!(desk.plan.restores.iter().map(|restore| restore.sequence).collect::<Vec<_>>(), [a]);
+    let c = desk.add(0, &story(4, 10));
+    assert_eq!(desk.step(), [(c, 10)], "others pass");
     desk.scheduler.restored(a, 2);
-    assert_eq!(desk.step(), [(a, 10), (b, 10)]);
+    assert_eq!(desk.step(), [(c, 1), (a, 10), (b, 10)]);
 }
 
 /// A text of six blocks, of which the window's pool has kept the last three.

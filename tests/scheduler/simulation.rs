@@ -365,7 +365,12 @@ impl Simulation {
             let rows = &live.text.hashes[index * PAGE_TOKENS..][..PAGE_TOKENS];
             let (full, window) = self.scheduler.locate(key).expect("what was just published");
             for (kind, block) in self.kinds.iter().zip([Some(full), window]) {
-                kind.read(&[block.expect("a block of every kind")], 0, rows);
+                let block = block.expect("a block of every kind");
+                kind.read(&[block], 0, rows);
+                // The same content is kept once; what the window has passed is not kept here at all.
+                if index >= kind.first_seen(done) / PAGE_TOKENS {
+                    assert_eq!(kind.table(&self.scheduler.tables(id))[index], block);
+                }
             }
             self.published.entry(key).or_insert_with(|| rows.to_vec());
             if self.config.archive > 0 && self.rng.chance(800) {
