@@ -2,8 +2,8 @@
 //! tensor, no token and no text, and asks no clock.
 //!
 //! **Order.** Sequences stand in one order for good: that of their arrival, moved forward or back by their priority
-//! ([`HEAD_START`] arrivals per level). An older sequence never waits for a younger one longer than a step, except
-//! where the younger computes a prefix they share, so nobody starves.
+//! ([`HEAD_START`] arrivals per level). A sequence that runs is never held up by a younger one; one that waits goes before all younger ones
+//! that wait, except where a prefix it needs is being computed. So nobody starves.
 //!
 //! **A step.** Every sequence that is generating gets its one token; what is left of the step's budget goes to
 //! prompts, so a long prompt delays others by one chunk at most. Then those who wait are admitted, while blocks
