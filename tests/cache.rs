@@ -366,3 +366,91 @@ fn what_memory_had_no_room_for_comes_back_from_disk() {
         assert!(watched.sum(|step| step.restoring) > 0);
     }
 }
+
+/// A small generator, so that traffic can be replayed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as usize) % end
+    }
+}
+
+#[test]
+fn random_traffic_is_answered_as_if_each_request_were_alone() {
+    let (mut preempted, mut restoring) = (0, 0);
+    for (name, cache_type) in
+        [("kimi_k2_int4", None), ("gpt_oss_mxfp4", None), ("kimi_k2_int4", Some(CacheType::Fp8))]
+    {
+        let model = open(name);
+        let folder = TempFolder::new(&format!("traffic-{name}-{cache_type:?}"));
+        let one = EngineOptions { cache_type, ..options(&model, 512, 1) };
+        let alone = start(name, &model, Numerics::Model, one);
+        let mut few = EngineOptions { cache_type, step_tokens: 96, ..options(&model, 512, 5) };
+        (few.blocks, few.window) = (12, few.window.map(|(window, _)| (window, 12)));
+        let together = start_with(name, &model, Numerics::Model, few, folder.archive());
+        let mut random = Random(name.len() as u64);
+        let (mut waiting, mut compared) = (Vec::new(), 0);
+        for index in 0..120 {
+            let (length, shared) = (1 + random.below(400), random.below(400));
+            let ask = Request {
+                priority: random.below(3) as i32,
+                ..request(together.prompt(random.below(6), shared, length), 1 + random.below(60), "")
+            };
+            let mut receivers = together.submit(ask.clone(), 1 + random.below(3));
+            // Some leave at once, some later, some of several choices only.
+            if random.below(4) == 0 {
+                receivers.truncate(random.below(receivers.len() + 1));
+            }
+            waiting.push((index, ask, receivers));
+            while waiting.len() > 8 || (index == 119 && !waiting.is_empty()) {
+                let (index, ask, receivers) = waiting.remove(random.below(waiting.len()));
+                let left = random.below(6) == 0;
+                for (choice, receiver) in receivers.into_iter().enumerate().filter(|_| !left) {
+                    let salt = format!("{index} {choice}");
+                    let expected = Request { cache_salt: salt, ..ask.choice(choice) };
+                    let expected = collect(&alone.submit(expected, 1)[0]).0;
+                    assert_eq!(collect(&receiver).0, expected, "{name}: request {index}, choice {choice}");
+                    compared += 1;
+                }
+            }
+        }
+        assert!(compared > 100, "{compared} answers");
+        preempted += together.sum(|step| step.preempted);
+        restoring += together.sum(|step| step.restoring);
+        together.wait_idle();
+    }
+    assert!(preempted > 0 && restoring > 0, "{preempted} preempted, {restoring} steps with restores");
+}
+
+#[test]
+fn ten_thousand_may_wait_and_one_more_is_refused() {
+    let name = "glm4_moe";
+    let model = open(name);
+    let options = EngineOptions { waiting: 10_000, ..options(&model, 512, 8) };
+    let watched = start(name, &model, Numerics::Model, options);
+    // While this runs nobody else's turn comes before its chunk is done.
+    let (sender, receiver) = channel();
+    let (mut accepted, mut refused) = (0, 0);
+    for index in 0..12_000 {
+        let sender = sender.clone();
+        let ask = request(vec![index % 50 + 1, 3], 1, "");
+        let sink: moebius::request::Sink = Box::new(move |event| match event {
+            Event::Finished { .. } => sender.send(true).is_ok(),
+            Event::Failed(_) => sender.send(false).is_ok(),
+            _ => true,
+        });
+        match watched.engine.submit(ask, sink) {
+            Ok(()) => accepted += 1,
+            Err(error) => {
+                assert_eq!(error, moebius::request::SubmitError::QueueFull { limit: 10_000 });
+                refused += 1;
+            }
+        }
+    }
+    drop(sender);
+    assert!(accepted >= 10_000, "{accepted} accepted, {refused} refused");
+    assert_eq!(receiver.iter().filter(|done| *done).count(), accepted);
+    watched.wait_idle();
+}
