@@ -157,6 +157,19 @@ pub(crate) trait Lanes: Copy {
     fn sum(self, v: Self::V) -> f32;
     /// [`Lanes::sum`] of four at once, which shares their shuffles.
     fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
+    /// [`Lanes::sum`] of four rows of three, then anything.
+    #[inline(always)]
+    fn sum4x3(self, v: [[Self::V; 3]; 4]) -> [[f32; 4]; 4] {
+        let [a, b, c, d] = v;
+        let mut out = [[0.0; 4]; 4];
+        for key in 0..3 {
+            let sums = self.sum4([a[key], b[key], c[key], d[key]]);
+            for (out, sum) in out.iter_mut().zip(sums) {
+                out[key] = sum;
+            }
+        }
+        out
+    }
     /// The canonical reduction of the lanes by [`Lanes::max`].
     fn peak(self, v: Self::V) -> f32;
 

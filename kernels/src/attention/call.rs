@@ -16,8 +16,9 @@ use crate::team;
 const SMALL: usize = 64 * 1024;
 /// Parts per thread, where there is enough to cut: what one thread does not get done, others take over.
 const PARTS: usize = 4;
-/// Heads that share unpacked keys which are not cut further for the sake of more parts.
-const FEW_HEADS: usize = 8;
+/// Heads that share unpacked keys which are not cut further for the sake of more parts; and for the sake of a
+/// part for every thread.
+const FEW_HEADS: (usize, usize) = (16, 8);
 
 /// What both kinds of attention are.
 #[derive(Clone, Copy)]
@@ -82,7 +83,8 @@ pub(super) fn attend(
     let parts =
         |band: usize, heads: usize| (states + queries.count().div_ceil(band)) * shape.heads.div_ceil(heads);
     while parallel && parts(band, heads) < PARTS * team::threads() {
-        let fewer = fewer_heads(&shape, heads);
+        let few = if parts(band, heads) < team::threads() { FEW_HEADS.1 } else { FEW_HEADS.0 };
+        let fewer = fewer_heads(&shape, heads, few);
         match (band, fewer) {
             (2.., _) => band = band.div_ceil(2),
             (_, Some(fewer)) => heads = fewer,
@@ -121,12 +123,12 @@ pub(super) fn attend(
 }
 
 /// The next smaller number of heads that parts may have.
-fn fewer_heads(shape: &Shape<'_>, heads: usize) -> Option<usize> {
+fn fewer_heads(shape: &Shape<'_>, heads: usize, few: usize) -> Option<usize> {
     let per = shape.per();
     if heads > per {
         return Some((heads / per).div_ceil(2) * per).filter(|&fewer| fewer < heads);
     }
-    (FEW_HEADS..heads).rev().find(|fewer| 2 * fewer <= heads && per.is_multiple_of(*fewer))
+    (few..heads).rev().find(|fewer| 2 * fewer <= heads && per.is_multiple_of(*fewer))
 }
 
 impl<'a> Call<'a, '_> {

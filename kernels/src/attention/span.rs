@@ -8,10 +8,7 @@
 use super::cache::{CacheSlice, PAGE, Pages};
 use super::state::{PEAK, state_chunks};
 use super::stored::{Page, Plain, Row, Scaled, Stored};
-use super::tile::{
-    Ahead, FEW_ROWS, FewScores, FewValues, Keys3, PACE, Rows4, Scores, Soften, TILE_CHUNKS, TILE_KEYS,
-    TILE_ROWS, Values,
-};
+use super::tile::{Ahead, Keys3, PACE, Rows4, Scores, Soften, TILE_CHUNKS, TILE_KEYS, TILE_ROWS, Values};
 use crate::rows::Rows;
 use crate::simd::{LANES, Lanes, Work, padded};
 
@@ -189,29 +186,16 @@ fn tiles<L: Lanes, S: Stored>(
             let head = block.kv_head + group;
             // With several groups there is but one token.
             let rows = (begin * heads + group * per, end * per + group * per);
-            let few = rows.1 - rows.0 == FEW_ROWS && rows.0.is_multiple_of(TILE_ROWS);
             // Whole fours: rows too many get scores that nobody reads.
             let fours = (rows.0 / TILE_ROWS, rows.1.div_ceil(TILE_ROWS));
             let queries = &queries[fours.0 * chunks..fours.1 * chunks];
             let scores = &mut weights[fours.0 * TILE_ROWS..fours.1 * TILE_ROWS];
             let page = Page::of(keys, &block.keys, first, head, block.key);
-            if few {
-                l.enter(FewScores { queries, page, offsets, ahead: &mut values_ahead, out: scores });
-            } else {
-                let most = unpacked.len() / (TILE_KEYS * chunks) * TILE_KEYS;
-                for offset in (offsets.0..offsets.1).step_by(most) {
-                    let end = offsets.1.min(offset + most);
-                    let keys = unpack_keys(l, page, (offset, end), unpacked);
-                    l.enter(Scores {
-                        queries,
-                        keys,
-                        chunks,
-                        offset,
-                        end,
-                        ahead: &mut values_ahead,
-                        out: scores,
-                    });
-                }
+            let most = unpacked.len() / (TILE_KEYS * chunks) * TILE_KEYS;
+            for offset in (offsets.0..offsets.1).step_by(most) {
+                let end = offsets.1.min(offset + most);
+                let keys = unpack_keys(l, page, (offset, end), unpacked);
+                l.enter(Scores { queries, keys, chunks, offset, end, ahead: &mut values_ahead, out: scores });
             }
 
             let states = &mut states[rows.0 * len..rows.1 * len];
@@ -221,26 +205,6 @@ fn tiles<L: Lanes, S: Stored>(
             l.enter(Soften { scale, first, position, per, window, weights, keep, states });
 
             let page = Page::of(values, &block.values, first, head, block.value);
-            let whole = page.width / LANES;
-            if few {
-                for chunk in 0..whole {
-                    let ahead = &mut keys_ahead;
-                    l.enter(FewValues::<S, false> { page, offsets, chunk, weights, keep, ahead, states });
-                }
-                if whole * LANES < page.width {
-                    let ahead = &mut keys_ahead;
-                    l.enter(FewValues::<S, true> {
-                        page,
-                        offsets,
-                        chunk: whole,
-                        weights,
-                        keep,
-                        ahead,
-                        states,
-                    });
-                }
-                continue;
-            }
             for chunk in (0..len - 1).step_by(TILE_CHUNKS) {
                 let values = unpack_values(l, page, chunk, offsets, unpacked);
                 // Rows that see the same of the tile are taken together.

@@ -5,7 +5,6 @@
 use super::cache::{PAGE, Pages};
 use super::span::{Chunk, Weights};
 use super::state::{PEAK, SUM};
-use super::stored::{Page, Row, Stored};
 use crate::simd::{LANES, Lanes, Work, exp};
 
 /// Rows that are taken together.
@@ -14,8 +13,6 @@ pub(super) const TILE_ROWS: usize = 4;
 pub(super) const TILE_KEYS: usize = 3;
 /// Chunks of values that are taken together.
 pub(super) const TILE_CHUNKS: usize = 2;
-/// So many rows that share a key are not worth unpacking it to memory: all of them fit in registers.
-pub(super) const FEW_ROWS: usize = 8;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 /// Positions between two looks ahead.
@@ -91,70 +88,16 @@ impl Work for Scores<'_> {
                         lanes[2] = l.fma(c, query, lanes[2]);
                     }
                 }
-                let [a, b, c, d] = lanes;
-                let last = end.min(offset + TILE_KEYS);
-                for key in 0..TILE_KEYS {
-                    let sums = l.sum4([a[key], b[key], c[key], d[key]]);
-                    if offset + key < last {
-                        put(sums, offset + key, out);
+                let count = TILE_KEYS.min(end - offset);
+                for (sums, out) in l.sum4x3(lanes).iter().zip(out.iter_mut()) {
+                    // What follows the sums is overwritten by the next ones, if there is room for it.
+                    match out[offset..].first_chunk_mut() {
+                        Some(out) => *out = *sums,
+                        None => out[offset..][..count].copy_from_slice(&sums[..count]),
                     }
                 }
                 offset += TILE_KEYS;
             }
-        }
-    }
-}
-
-#[inline(always)]
-fn put(sums: [f32; TILE_ROWS], offset: usize, out: &mut [Weights; TILE_ROWS]) {
-    assert!(offset < PAGE, "a tile ends with its page");
-    for (sum, out) in sums.into_iter().zip(out) {
-        out[offset] = sum;
-    }
-}
-
-/// [`Scores`] of [`FEW_ROWS`] rows and the keys of a page.
-pub(super) struct FewScores<'s, S> {
-    pub(super) queries: &'s [Rows4],
-    pub(super) page: Page<S>,
-    pub(super) offsets: (usize, usize),
-    pub(super) ahead: &'s mut Ahead,
-    pub(super) out: &'s mut [Weights],
-}
-
-impl<S: Stored> Work for FewScores<'_, S> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, l: L) {
-        let Self { queries, page, offsets, ahead, out } = self;
-        let (a, b) = queries.split_at(queries.len() / 2);
-        let whole = page.width / LANES;
-        let [out_a, out_b] = out.as_chunks_mut::<TILE_ROWS>().0 else { unreachable!("few rows") };
-        for offset in offsets.0..offsets.1 {
-            if offset % 3 == 0 {
-                ahead.step(l);
-                ahead.step(l);
-            }
-            let row = page.row(offset);
-            let mut lanes = [[l.splat(0.0); TILE_ROWS]; 2];
-            for (chunk, (a, b)) in a.iter().zip(b).take(whole).enumerate() {
-                add_few(l, [a, b], row.whole(l, chunk), &mut lanes);
-            }
-            if whole < a.len() {
-                add_few(l, [&a[whole], &b[whole]], row.rest(l, whole), &mut lanes);
-            }
-            put(l.sum4(lanes[0]), offset, out_a);
-            put(l.sum4(lanes[1]), offset, out_b);
-        }
-    }
-}
-
-#[inline(always)]
-fn add_few<L: Lanes>(l: L, queries: [&Rows4; 2], key: L::V, lanes: &mut [[L::V; TILE_ROWS]; 2]) {
-    for (lanes, queries) in lanes.iter_mut().zip(queries) {
-        for (lanes, query) in lanes.iter_mut().zip(queries) {
-            *lanes = l.fma(key, l.load(query), *lanes);
         }
     }
 }
@@ -264,13 +207,20 @@ impl Values<'_> {
         let len = self.states.len() / self.weights.len();
         let weights: &[Weights; T] = self.weights[row..].first_chunk().expect("the caller counted");
         let keep = &self.keep.as_flattened()[row..][..T];
-        let states = &mut self.states[row * len..][..T * len];
+        let (states, next) = self.states[row * len..].split_at_mut(T * len);
         // A state ends with a chunk of its own, which a last chunk without a second leaves alone.
         let two = self.chunk + TILE_CHUNKS < len;
         let mut sums = [[l.splat(0.0); TILE_CHUNKS]; T];
         for ((sums, state), keep) in sums.iter_mut().zip(states.chunks_exact(len)).zip(keep) {
             sums[0] = l.mul(l.load(&state[self.chunk]), l.splat(*keep));
             sums[1] = l.mul(l.load(&state[self.chunk + 1]), l.splat(*keep));
+        }
+        // The next rows' sums lie far apart: asked for now, they are there when this is done.
+        for state in next.chunks_exact(len).take(T) {
+            for chunk in &state[self.chunk..][..TILE_CHUNKS] {
+                l.prefetch_line(chunk.as_ptr().cast());
+                l.prefetch_line(chunk[LANES / 2..].as_ptr().cast());
+            }
         }
         let mut offset = self.offset;
         for values in self.values.chunks(PACE) {
@@ -291,45 +241,6 @@ impl Values<'_> {
             if two {
                 l.store(sums[1], &mut state[self.chunk + 1]);
             }
-        }
-    }
-}
-
-/// [`Values`] of one chunk and [`FEW_ROWS`] rows, from a page; or of the `TAIL` after its whole chunks.
-pub(super) struct FewValues<'s, S, const TAIL: bool> {
-    pub(super) page: Page<S>,
-    pub(super) offsets: (usize, usize),
-    pub(super) chunk: usize,
-    pub(super) weights: &'s [Weights],
-    pub(super) keep: &'s [Chunk],
-    pub(super) ahead: &'s mut Ahead,
-    pub(super) states: &'s mut [Chunk],
-}
-
-impl<S: Stored, const TAIL: bool> Work for FewValues<'_, S, TAIL> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, l: L) {
-        let Self { page, offsets, chunk, weights, keep, ahead, states } = self;
-        let len = states.len() / FEW_ROWS;
-        let weights: &[Weights; FEW_ROWS] = weights.first_chunk().expect("few rows");
-        let mut sums = [l.splat(0.0); FEW_ROWS];
-        for ((sum, state), keep) in sums.iter_mut().zip(states.chunks_exact(len)).zip(keep.as_flattened()) {
-            *sum = l.mul(l.load(&state[chunk]), l.splat(*keep));
-        }
-        for first in (offsets.0..offsets.1).step_by(PACE) {
-            ahead.step(l);
-            for offset in first..offsets.1.min(first + PACE).min(PAGE) {
-                let row = page.row(offset);
-                let v = if TAIL { row.rest(l, chunk) } else { row.whole(l, chunk) };
-                for (sum, weights) in sums.iter_mut().zip(weights) {
-                    *sum = l.fma(l.splat(weights[offset]), v, *sum);
-                }
-            }
-        }
-        for (sum, state) in sums.iter().zip(states.chunks_exact_mut(len)) {
-            l.store(*sum, &mut state[chunk]);
         }
     }
 }

@@ -57,6 +57,25 @@ fn look_up(_: Avx512, codes: [__m512i; 2], table: &[f32; 16]) -> V {
     }
 }
 
+/// The first steps of four canonical reductions, down to four lanes of each.
+#[inline(always)]
+fn four_lanes(_: Avx512, v: [V; 4]) -> __m512 {
+    // SAFETY: the token proves AVX-512.
+    unsafe {
+        let [a, b, c, d] = [
+            _mm512_add_ps(v[0][0], v[0][1]),
+            _mm512_add_ps(v[1][0], v[1][1]),
+            _mm512_add_ps(v[2][0], v[2][1]),
+            _mm512_add_ps(v[3][0], v[3][1]),
+        ];
+        // Lanes j and j + 8: the lower and the upper halves of two registers side by side.
+        let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
+        let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xEE>(c, d));
+        // j and j + 4: now four lanes of each.
+        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd))
+    }
+}
+
 const INT4: [f32; 16] =
     [-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
 
@@ -175,22 +194,30 @@ impl Lanes for Avx512 {
     fn sum4(self, v: [V; 4]) -> [f32; 4] {
         // SAFETY: the token proves AVX-512; 64 bytes are written to an array of 16 f32.
         unsafe {
-            let [a, b, c, d] = [
-                _mm512_add_ps(v[0][0], v[0][1]),
-                _mm512_add_ps(v[1][0], v[1][1]),
-                _mm512_add_ps(v[2][0], v[2][1]),
-                _mm512_add_ps(v[3][0], v[3][1]),
-            ];
-            // Lanes j and j + 8: the lower and the upper halves of two registers side by side.
-            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
-            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xEE>(c, d));
-            // j and j + 4: now four lanes of each.
-            let v = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd));
+            let v = four_lanes(self, v);
             let v = _mm512_add_ps(v, _mm512_permute_ps::<0b1110>(v));
             let v = _mm512_add_ps(v, _mm512_permute_ps::<0b01>(v));
             let mut lanes = [0.0; 16];
             _mm512_storeu_ps(lanes.as_mut_ptr(), v);
             [lanes[0], lanes[4], lanes[8], lanes[12]]
+        }
+    }
+    #[inline(always)]
+    fn sum4x3(self, v: [[V; 3]; 4]) -> [[f32; 4]; 4] {
+        let [a, b, c, d] = v;
+        let x = four_lanes(self, [a[0], b[0], c[0], d[0]]);
+        let y = four_lanes(self, [a[1], b[1], c[1], d[1]]);
+        let z = four_lanes(self, [a[2], b[2], c[2], d[2]]);
+        // SAFETY: the token proves AVX-512; 64 bytes are written to 16 f32.
+        unsafe {
+            // Lanes j and j + 2: two lanes each of x and y, then of z twice.
+            let xy = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(x, y), _mm512_shuffle_ps::<0xEE>(x, y));
+            let zz = _mm512_add_ps(z, _mm512_permute_ps::<0b1110>(z));
+            // j and j + 1: now one lane each of x, y and z.
+            let v = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(xy, zz), _mm512_shuffle_ps::<0xDD>(xy, zz));
+            let mut out = [[0.0; 4]; 4];
+            _mm512_storeu_ps(out.as_mut_ptr().cast(), v);
+            out
         }
     }
     #[inline(always)]
