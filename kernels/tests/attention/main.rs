@@ -4,6 +4,8 @@ mod cache;
 #[path = "../common/mod.rs"]
 mod common;
 mod fp8;
+mod long;
+mod positions;
 
 use cache::{Cache, TYPES, heads as head_rows, latents};
 use common::{Random, assert_close_overall, bits, in_pools};
