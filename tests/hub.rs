@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use moebius::hub::{HubError, HubOptions, Lines, Progress, Token, fetch};
+use moebius::hub::{Described, HubError, HubOptions, Lines, Progress, Token, describe, fetch};
 use serde_json::json;
 
 use server::*;
@@ -40,6 +40,31 @@ fn a_model_is_downloaded_once_into_the_common_layout() {
     assert_eq!(server.take().len(), 1, "only the list");
     options.endpoint = "http://127.0.0.1:1".into();
     assert_eq!(fetch("org/name", None, &options, &mut ()).unwrap(), folder, "the hub cannot be reached");
+}
+
+/// `plan` asks for two small files; what they describe is neither downloaded nor shown as if it were.
+#[test]
+fn a_description_is_downloaded_without_its_weights() {
+    let (cache, server) = (Cache::new(), hub(checkpoint()));
+    let mut options = cache.options(&server);
+    let described = describe("org/name", None, &options, &mut ()).unwrap();
+    let Described::Files { config, index: Some(index) } = &described else { panic!("{described:?}") };
+    assert_eq!(fs::read(config).unwrap(), checkpoint()["config.json"]);
+    assert_eq!(fs::read(index).unwrap(), checkpoint()["model.safetensors.index.json"]);
+    let asked: Vec<String> = server.take().into_iter().map(|asked| asked.path).collect();
+    assert!(asked.iter().all(|path| !path.ends_with(".safetensors")), "{asked:?}");
+    assert!(!cache.root().join("snapshots").exists() && !cache.root().join("refs").exists());
+    assert_eq!(describe("org/name", None, &options, &mut ()).unwrap(), described);
+    assert_eq!(server.take().len(), 1, "only the list");
+    options.offline = true;
+    let error = describe("org/name", None, &options, &mut ()).unwrap_err();
+    assert!(
+        matches!(&error, HubError::Offline { missing, .. } if missing.contains("config.json")),
+        "{error}"
+    );
+    // A whole snapshot is used as it is.
+    let folder = cache.get(&server).unwrap();
+    assert_eq!(describe("org/name", None, &options, &mut ()).unwrap(), Described::Folder(folder));
 }
 
 #[test]

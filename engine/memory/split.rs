@@ -69,7 +69,7 @@ pub fn fit_into(
     if let Some(context) = wishes.context {
         let longest = config.max_positions;
         if context > longest {
-            let (context, longest) = (Count(context), Count(longest));
+            let longest = Count(longest);
             return refuse(format!(
                 "--context {context} is more than the {longest} tokens the model was made for"
             ));
@@ -165,7 +165,7 @@ impl Split<'_> {
         let context = match context {
             Some(context) if context > held => {
                 let needed = Bytes(self.pool(context, context.div_ceil(PAGE_TOKENS)).bytes());
-                let (held, context) = (Count(held), Count(context));
+                let held = Count(held);
                 return refuse(format!(
                     "--kv-memory {bytes} holds {held} tokens, fewer than --context {context}, which takes {needed}"
                 ));
@@ -213,7 +213,7 @@ impl Split<'_> {
     fn by_context(&self, context: usize) -> Fitted {
         let one = context.div_ceil(PAGE_TOKENS);
         if one > MOST_BLOCKS {
-            return refuse(format!("--context {} is more than can be numbered", Count(context)));
+            return refuse(format!("--context {context} is more than can be numbered"));
         }
         if let Some(fitted) = self.within(context) {
             return Ok(fitted);
