@@ -61,6 +61,8 @@ pub struct ServeArgs {
 
 /// One agent: its conversation so far and what it was told.
 struct Agent {
+    /// Of all agents.
+    number: usize,
     prompt: Vec<u32>,
     seeded: Seeded,
     salt: String,
@@ -112,7 +114,7 @@ impl Watched {
         answer: u32,
         events: &Sender<(usize, Event)>,
     ) -> Result<(), Error> {
-        let seed = Some((index * 1000 + agent.calls) as u64);
+        let seed = Some((agent.number * 1000 + agent.calls) as u64);
         let request = Request {
             prompt: agent.prompt.clone(),
             max_tokens: Some(answer as usize),
@@ -143,7 +145,7 @@ impl Watched {
                 Event::Token { id, .. } => agent.answers.push(id),
                 Event::Failed(message) => return Err(Error::Unsupported(message)),
                 Event::Finished { summary, .. } => {
-                    tally.add(&summary, agent, index, args);
+                    tally.add(&summary, agent, args);
                     agent.calls += 1;
                     let said = agent.answers.len() - summary.completion_tokens;
                     agent.prompt.extend_from_slice(&agent.answers[said..]);
@@ -164,9 +166,9 @@ impl Watched {
 impl Tally {
     /// What an earlier call had already: the shared beginning, for all but the first; of later rounds all that the last
     /// one read and said, but its last token, which no model ever read.
-    fn add(&mut self, summary: &Summary, agent: &Agent, index: usize, args: &ServeArgs) {
+    fn add(&mut self, summary: &Summary, agent: &Agent, args: &ServeArgs) {
         let new = (args.turn + 1) as usize;
-        self.shareable_tokens += match (agent.calls, index) {
+        self.shareable_tokens += match (agent.calls, agent.number) {
             (0, 0) => 0,
             (0, _) => args.shared as usize,
             _ => summary.prompt_tokens - new,
@@ -185,7 +187,7 @@ fn agents(args: &ServeArgs, vocab: usize, salt: impl Fn(usize) -> String) -> Vec
         let private = args.private_min as usize + seeded.below(spread) as usize;
         let mut prompt = shared.clone();
         prompt.extend(seeded.tokens(private, vocab));
-        Agent { prompt, seeded, salt: salt(index), answers: Vec::new(), calls: 0 }
+        Agent { number: index, prompt, seeded, salt: salt(index), answers: Vec::new(), calls: 0 }
     };
     (0..usize::from(args.agents)).map(agent).collect()
 }
@@ -237,8 +239,9 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, Error> {
     let unique = args.shared as usize
         + swarm.iter().map(|agent| agent.prompt.len() - args.shared as usize).sum::<usize>();
     let kept = steps.iter().map(|step| step.full_blocks.used + step.full_blocks.cached).max().unwrap_or(0);
-    let busy = steps.iter().filter(|step| step.running == count && step.forward_seconds > 0.0);
-    let (schedule, all) = busy.fold((0.0, 0.0), |(schedule, all), step| {
+    // Steps in which nearly all run at once.
+    let busy: Vec<_> = steps.iter().filter(|step| step.running * 10 >= count * 9).collect();
+    let (schedule, all) = busy.iter().fold((0.0, 0.0), |(schedule, all), step| {
         (schedule + step.schedule_seconds, all + step.schedule_seconds + step.forward_seconds)
     });
     let per_call = seconds / tally.calls as f64;
@@ -254,7 +257,8 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, Error> {
         .with("equal_alone", equal)
         .with("time_of_unshared", per_call / unshared.median)
         .with("schedule_share", if all > 0.0 { schedule / all } else { 0.0 })
-        .with("steps_with_all_running", steps.iter().filter(|step| step.running == count).count())
+        .with("steps_with_nearly_all_running", busy.len())
+        .with("most_running", steps.iter().map(|step| step.running).max().unwrap_or(0))
         .with("preempted", steps.iter().map(|step| step.preempted).sum::<usize>());
     let code = measured(&args.rows, |sink| {
         sink.row(row)?;
