@@ -9,6 +9,9 @@ pub const TILE: usize = 128;
 /// The greatest e4m3fn value.
 const GREATEST: f32 = 448.0;
 
+/// The bits of infinity; those of NaN are greater.
+const INFINITE: u32 = 0x7f80_0000;
+
 /// A row's codes, scales and plain values, as bytes.
 #[inline(always)]
 pub(super) fn parts(shape: RowShape, row: &[u8]) -> (&[u8], &[u8], &[u8]) {
@@ -36,10 +39,13 @@ pub(super) fn write_row(shape: RowShape, x: &[f32], out: &mut [u8]) {
 
 /// Writes the codes of a tile, and gives back its scale.
 fn write_tile(x: &[f32], codes: &mut [u8]) -> f32 {
-    let mut greatest = 0.0;
-    for x in x.iter().filter(|x| x.is_finite()) {
-        greatest = f32::max(greatest, x.abs());
+    // Bits of magnitudes are ordered as they are, with infinity and NaN after all others.
+    let mut greatest = 0;
+    for x in x {
+        let bits = x.to_bits() & 0x7fff_ffff;
+        greatest = greatest.max(if bits < INFINITE { bits } else { 0 });
     }
+    let greatest = f32::from_bits(greatest);
     let scale = (greatest / GREATEST).max(f32::MIN_POSITIVE);
     for (x, code) in x.iter().zip(codes) {
         *code = encode(x / scale);
@@ -48,19 +54,18 @@ fn write_tile(x: &[f32], codes: &mut [u8]) -> f32 {
 }
 
 /// The e4m3fn code nearest to x, ties to even; of NaN, 0, and of what is beyond 448, 448.
+#[inline(always)]
 fn encode(x: f32) -> u8 {
+    // Both kinds of code are computed and one is taken: without branches a row takes less than half the time.
     let sign = (x.to_bits() >> 24) as u8 & 0x80;
-    // NaN fails the comparison, and counts as 0.
-    let magnitude = if x.abs() <= GREATEST { x.abs() } else { GREATEST * f32::from(u8::from(!x.is_nan())) };
-    let code = if magnitude < 1.0 / 64.0 {
-        // Subnormal codes count 2^-9. Adding 2^14 leaves the nearest multiple of that in the low bits.
-        (magnitude + 16384.0).to_bits() - 16384f32.to_bits()
-    } else {
-        // Three bits of mantissa are left of 23, rounded to even; the carry may go into the exponent, whose
-        // bias is 7 instead of 127.
-        let bits = magnitude.to_bits();
-        ((bits + 0x7_ffff + (bits >> 20 & 1)) >> 20) - (120 << 3)
-    };
+    let bits = x.to_bits() & 0x7fff_ffff;
+    let bits = if bits > INFINITE { 0 } else { bits.min(GREATEST.to_bits()) };
+    // Subnormal codes count 2^-9. Adding 2^14 leaves the nearest multiple of that in the low bits.
+    let small = (f32::from_bits(bits) + 16384.0).to_bits().wrapping_sub(16384f32.to_bits());
+    // Three bits of mantissa are left of 23, rounded to even; the carry may go into the exponent, whose bias
+    // is 7 instead of 127.
+    let large = ((bits + 0x7_ffff + (bits >> 20 & 1)) >> 20).wrapping_sub(120 << 3);
+    let code = if bits < (1f32 / 64.0).to_bits() { small } else { large };
     sign | code as u8
 }
 

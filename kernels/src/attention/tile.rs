@@ -207,20 +207,13 @@ impl Values<'_> {
         let len = self.states.len() / self.weights.len();
         let weights: &[Weights; T] = self.weights[row..].first_chunk().expect("the caller counted");
         let keep = &self.keep.as_flattened()[row..][..T];
-        let (states, next) = self.states[row * len..].split_at_mut(T * len);
+        let states = &mut self.states[row * len..][..T * len];
         // A state ends with a chunk of its own, which a last chunk without a second leaves alone.
         let two = self.chunk + TILE_CHUNKS < len;
         let mut sums = [[l.splat(0.0); TILE_CHUNKS]; T];
         for ((sums, state), keep) in sums.iter_mut().zip(states.chunks_exact(len)).zip(keep) {
             sums[0] = l.mul(l.load(&state[self.chunk]), l.splat(*keep));
             sums[1] = l.mul(l.load(&state[self.chunk + 1]), l.splat(*keep));
-        }
-        // The next rows' sums lie far apart: asked for now, they are there when this is done.
-        for state in next.chunks_exact(len).take(T) {
-            for chunk in &state[self.chunk..][..TILE_CHUNKS] {
-                l.prefetch_line(chunk.as_ptr().cast());
-                l.prefetch_line(chunk[LANES / 2..].as_ptr().cast());
-            }
         }
         let mut offset = self.offset;
         for values in self.values.chunks(PACE) {
