@@ -307,7 +307,7 @@ fn grouped_queries_alone_or_in_a_batch() {
 fn latent_queries_alone_or_in_a_batch() {
     let mut random = Random(17);
     for (kind, heads, latent, rope) in
-        [(CacheType::Bf16, 66, 8, 4), (CacheType::F32, 3, 72, 16), (CacheType::Fp8, 3, 136, 24)]
+        [(CacheType::Bf16, 66, 8, 4), (CacheType::F32, 3, 72, 16), (CacheType::Fp8, 4, 40, 8)]
     {
         let shape = Mla { heads, latent, rope, scale: 0.3 };
         let (row, rows) = (latent + rope, latents(latent, rope));
