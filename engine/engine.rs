@@ -1,4 +1,4 @@
-//! The engine from outside: what it takes and how requests come in. Its loop is in [`state`].
+//! The engine from outside: what it takes and how requests come in. Its loop is in `engine/state.rs`.
 //!
 //! A request that can never fit is refused at once. What is accepted runs to its end: under pressure it may lose its
 //! cache blocks for a while ([`scheduler`](crate::scheduler)), never its place.

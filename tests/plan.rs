@@ -19,6 +19,7 @@ use moebius::engine::EngineOptions;
 use moebius::loaded::{DenseFormat, open_checkpoint};
 use moebius::memory::outline::Outline;
 use moebius::memory::{MemoryPlan, Residency, Weights, Wishes, fit_into};
+use moebius::store::BlockStore;
 
 const K2: &str = "full:moonshotai-Kimi-K2-Thinking";
 const GPT_OSS: &str = "full:openai-gpt-oss-20b";
@@ -97,6 +98,12 @@ fn k2_takes_what_its_shape_says() {
     assert_eq!((options.blocks, options.window), (4096, None));
     let wide = Wishes { cache_type: Some(CacheType::F32), ..wishes(Some(262_144), None, 1) };
     assert_eq!(fit(K2, None, wide).unwrap().1.pool.bytes(), 2 * plan.pool.bytes());
+
+    // 656 bytes per layer: half of that and the scales.
+    let coarse = Wishes { cache_type: Some(CacheType::Fp8), ..wishes(Some(262_144), None, 1) };
+    let (_, coarse) = fit(K2, None, coarse).unwrap();
+    assert_eq!(coarse.pool.token_bytes(), 40_016);
+    assert_eq!(format!("{:.2}", coarse.pool.bytes() as f64 / GIB as f64), "9.77");
 
     let outline = Outline::open(K2).unwrap();
     assert_eq!(
@@ -241,7 +248,7 @@ fn a_store_has_its_buffers_planned() {
     let (_, without) = fit("demo", None, wishes(None, None, 1)).unwrap();
     let (_, with) = fit("demo", None, Wishes { store: true, ..wishes(None, None, 1) }).unwrap();
     assert_eq!(without.staging_bytes, 0);
-    assert_eq!(with.staging_bytes, moebius::memory::STAGING_BLOCKS * with.pool.block_bytes);
+    assert_eq!(with.staging_bytes, BlockStore::staging_bytes(with.pool.block_bytes) as usize);
     assert_eq!(with.required_bytes(), without.required_bytes() + with.staging_bytes);
     assert!(with.to_string().contains("staging"), "{with}");
 }

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use kernels::attention::CacheType;
 use models::cpu::CpuRunner;
 use models::{Batch, Capacity, Model, NoProbe, Numerics, Runner, WantLogits};
 
@@ -26,10 +27,21 @@ pub struct Variant {
     numerics: Numerics,
     /// With 8-bit copies of float weights.
     q8: bool,
+    /// How cached values are stored; `None` = as the numerics say.
+    cache_type: Option<CacheType>,
 }
 
 const fn variant(name: &'static str, numerics: Numerics, q8: bool) -> Variant {
-    Variant { name, numerics, q8 }
+    Variant { name, numerics, q8, cache_type: None }
+}
+
+impl Variant {
+    /// `numerics` of its row.
+    fn label(&self) -> String {
+        let q8 = if self.q8 { "+q8-dense" } else { "" };
+        let kv = if self.cache_type == Some(CacheType::Fp8) { "+fp8-kv" } else { "" };
+        format!("{}{q8}{kv}", self.numerics.as_str())
+    }
 }
 
 /// All of them.
@@ -37,6 +49,7 @@ pub const VARIANTS: &[Variant] = &[
     variant("model", Numerics::Model, false),
     variant("int8-activations", Numerics::Int8Activations, false),
     variant("q8-dense", Numerics::Model, true),
+    Variant { cache_type: Some(CacheType::Fp8), ..variant("fp8-kv", Numerics::Model, false) },
     variant("int8-activations-q8-dense", Numerics::Int8Activations, true),
 ];
 
@@ -80,7 +93,7 @@ pub fn measure(
         let copied = if variant.q8 { Some(q8()?) } else { None };
         let found = compare((model, copied.as_ref().unwrap_or(model)), variant, &text.tokens, sink)?;
         let setting = Setting {
-            numerics: format!("{}{}", variant.numerics.as_str(), if variant.q8 { "+q8-dense" } else { "" }),
+            numerics: variant.label(),
             runner: "cpu",
             threads: rayon::current_num_threads(),
             model: name.to_owned(),
@@ -122,7 +135,11 @@ fn compare(
     let capacity = capacity(model);
     let vocab = model.config.vocab;
     let mut exact = CpuRunner::new(Arc::clone(model), Numerics::Reference, capacity);
-    let mut tested = CpuRunner::new(Arc::clone(tested), variant.numerics, capacity);
+    let mut tested = CpuRunner::new(
+        Arc::clone(tested),
+        variant.numerics,
+        Capacity { cache_type: variant.cache_type, ..capacity },
+    );
     let table: Vec<u32> = (0..capacity.blocks as u32).collect();
     let (mut p, mut q) = (vec![0.0; capacity.logit_rows * vocab], vec![0.0; capacity.logit_rows * vocab]);
     let mut found = Found { divergences: Vec::new(), agreeing: 0, seconds: Vec::new() };

@@ -114,13 +114,12 @@ enum KvTypeArg {
     Fp8,
 }
 
-impl KvTypeArg {
-    /// As the kernels name it; none if this build has no kernels for it.
-    fn cache_type(self) -> Option<CacheType> {
-        match self {
-            Self::F32 => Some(CacheType::F32),
-            Self::Bf16 => Some(CacheType::Bf16),
-            Self::Fp8 => Some(CacheType::Fp8),
+impl From<KvTypeArg> for CacheType {
+    fn from(kv_type: KvTypeArg) -> Self {
+        match kv_type {
+            KvTypeArg::F32 => Self::F32,
+            KvTypeArg::Bf16 => Self::Bf16,
+            KvTypeArg::Fp8 => Self::Fp8,
         }
     }
 }
@@ -139,15 +138,11 @@ impl CacheArgs {
             static SAID: std::sync::Once = std::sync::Once::new();
             SAID.call_once(|| eprintln!("--kv-type fp8: cached keys and values of 8 bits"));
         }
-        let cache_type = |kv_type: KvTypeArg| match kv_type.cache_type() {
-            Some(cache_type) => cache_type,
-            None => wrong("--kv-type fp8 is not in this build yet; bf16 and f32 are"),
-        };
         let limit_bytes = self.kv_cache_size.map_or(KV_CACHE_BYTES, |bytes| bytes as u64);
         let store = |folder: &PathBuf| ArchiveOptions { folder: folder.clone(), limit_bytes };
         SessionOptions {
             kv_memory: self.kv_memory,
-            kv_type: self.kv_type.map(cache_type),
+            kv_type: self.kv_type.map(CacheType::from),
             archive: self.kv_cache_dir.as_ref().map(store),
             ..options
         }
