@@ -454,3 +454,44 @@ fn ten_thousand_may_wait_and_one_more_is_refused() {
     assert_eq!(receiver.iter().filter(|done| *done).count(), accepted);
     watched.wait_idle();
 }
+
+#[test]
+fn two_engines_share_a_folder_and_a_folder_that_cannot_be_is_said() {
+    let name = "kimi_k2_int4";
+    let model = open(name);
+    let folder = TempFolder::new("two");
+    let start = || start_with(name, &model, Numerics::Model, options(&model, 512, 2), folder.archive());
+    let ask = |watched: &Watched, seed| {
+        collect(&watched.submit(request(watched.prompt(seed, 0, 300), 8, ""), 1)[0])
+    };
+    let first = start();
+    let (expected, _) = ask(&first, 1);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while folder.blocks().iter().filter(|path| path.extension().is_some_and(|end| end == "kv")).count() < 4 {
+        assert!(Instant::now() < deadline, "blocks are saved while the engine runs: {:?}", folder.blocks());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // The second only reads, beside the first, which goes on writing.
+    let second = start();
+    let (other, _) = ask(&first, 2);
+    let (said, summary) = ask(&second, 1);
+    assert_eq!((said, summary.cached_tokens), (expected, 256));
+    assert_eq!(ask(&second, 2).0, other);
+    drop(second);
+    assert_eq!(ask(&first, 2).0, other);
+
+    let file = folder.0.join("file");
+    std::fs::write(&file, b"not a folder").unwrap();
+    let runner = CpuRunner::new(Arc::clone(&model), Numerics::Model, options(&model, 512, 1).capacity());
+    let read = |file: &str| Ok(std::fs::read(self::folder(name).join(file)).ok());
+    let parts = EngineParts {
+        tokenizer: Arc::new(Tokenizer::load(&read).unwrap()),
+        pool: Arc::new(rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap()),
+        identity: [0; 32],
+        archive: Some(ArchiveOptions { folder: file.join("cache"), limit_bytes: 1 << 20 }),
+        runner: Box::new(runner),
+        observer: None,
+    };
+    let error = Engine::start(parts, options(&model, 512, 1)).err().expect("no folder can be there");
+    assert!(error.to_string().contains("file/cache"), "{error}");
+}
