@@ -87,9 +87,9 @@ struct Watched {
 
 impl Watched {
     fn start(args: &ServeArgs, sequences: usize) -> Result<Self, Error> {
-        let longest = args.shared
-            + args.private_max.max(args.private_min)
-            + u32::from(args.rounds) * (args.turn + args.answer);
+        // One round more than there is, for the calls that share nothing.
+        let rounds = u32::from(args.rounds) + 1;
+        let longest = args.shared + args.private_max + rounds * (args.turn + args.answer);
         let options = args.cache.apply(&args.compute, args.compute.options());
         let context = options.context.unwrap_or(longest as usize);
         let options = SessionOptions { sequences, context: Some(context), ..options };
