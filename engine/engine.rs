@@ -46,7 +46,7 @@ pub struct EngineOptions {
     pub step_tokens: usize,
     /// Most requests running at a time; at most `step_tokens`.
     pub running: usize,
-    /// Most requests waiting; one more is refused.
+    /// Most requests waiting, each of several choices counted; one more is refused.
     pub waiting: usize,
 }
 
@@ -64,7 +64,7 @@ impl EngineOptions {
             cache_type: None,
             step_tokens,
             running: sequences,
-            waiting: 256,
+            waiting: (2 * sequences).max(256),
         }
     }
 
@@ -133,9 +133,17 @@ pub struct Engine {
 
 /// What the engine's thread and its callers both see.
 struct Shared {
-    /// Requests that have not begun to run.
+    /// Choices of requests that have not begun to run.
     waiting: AtomicUsize,
     stopping: AtomicBool,
+}
+
+impl Shared {
+    /// Whether `count` more may wait: any number if nobody does.
+    fn check_room(&self, count: usize, limit: usize) -> Result<(), SubmitError> {
+        let waiting = self.waiting.load(Ordering::Acquire);
+        if waiting > 0 && waiting + count > limit { Err(SubmitError::QueueFull { limit }) } else { Ok(()) }
+    }
 }
 
 impl Engine {
@@ -149,6 +157,9 @@ impl Engine {
     pub fn start(parts: EngineParts, options: EngineOptions) -> Result<Self, StoreError> {
         let EngineParts { runner, tokenizer, pool, identity, archive, observer } = parts;
         assert!(options.context <= options.blocks * PAGE_TOKENS, "one request fits: {options:?}");
+        let windows = options.window.map(|(window, blocks)| (window.div_ceil(PAGE_TOKENS) + 2, blocks));
+        let fits = windows.is_none_or(|(needed, blocks)| blocks >= needed.min(options.blocks));
+        assert!(fits, "one request's windows fit: {options:?}");
         let (sender, receiver) = channel();
         let loaded = sender.clone();
         // A loop that has ended needs no block.
@@ -200,6 +211,12 @@ impl Generate for Engine {
 
     fn submit_choices(&self, request: Request, sinks: Vec<Sink>) -> Result<(), SubmitError> {
         self.validate(&request)?;
+        let (count, limit) = (sinks.len(), self.options.waiting);
+        if count == 0 {
+            return Ok(());
+        }
+        // Before the work on the prompt, and again after it: a flood is refused at once.
+        self.shared.check_room(count, limit)?;
         let submitted = Instant::now();
         let parts = |(choice, sink)| {
             let stop = StopMatcher::new(&request.stop.strings, request.stop.include_in_output)?;
@@ -208,25 +225,17 @@ impl Generate for Engine {
             Ok(Parts { sampler, stop, decoder, sink, submitted })
         };
         let choices = sinks.into_iter().enumerate().map(parts).collect::<Result<Vec<_>, SubmitError>>()?;
-        if choices.is_empty() {
-            return Ok(());
-        }
-        let limit = self.options.waiting;
-        // Before the work on the prompt, and again after it: a flood is refused at once.
-        let full = || self.shared.waiting.load(Ordering::Acquire) >= limit;
-        if full() {
-            return Err(SubmitError::QueueFull { limit });
-        }
         let mut chain = self.hasher.chain(&request.cache_salt);
         let keys = self.hasher.extend(&mut chain, &request.prompt);
         let messages = self.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let sender = messages.as_ref().ok_or(SubmitError::Stopped)?;
-        if full() {
-            return Err(SubmitError::QueueFull { limit });
-        }
-        self.shared.waiting.fetch_add(1, Ordering::AcqRel);
+        self.shared.check_room(count, limit)?;
+        self.shared.waiting.fetch_add(count, Ordering::AcqRel);
         let arrival = Box::new(Arrival { request, choices, keys, chain });
-        sender.send(Message::Arrival(arrival)).map_err(|_| SubmitError::Stopped)
+        sender.send(Message::Arrival(arrival)).map_err(|_| {
+            self.shared.waiting.fetch_sub(count, Ordering::AcqRel);
+            SubmitError::Stopped
+        })
     }
 
     fn context(&self) -> usize {

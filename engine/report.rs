@@ -1,4 +1,4 @@
-//! What a step did, for whoever watches: plain counts, once per step.
+//! What a step did, for whoever watches: plain counts, for every step in which something ran, began or lost its blocks.
 
 use crate::blocks::Counts;
 

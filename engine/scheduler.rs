@@ -5,9 +5,10 @@
 //! ([`HEAD_START`] arrivals per level). A sequence that runs is never held up by a younger one; one that waits goes before all younger ones
 //! that wait, except where a prefix it needs is being computed. So nobody starves.
 //!
-//! **A step.** Every sequence that is generating gets its one token; what is left of the step's budget goes to
-//! prompts, so a long prompt delays others by one chunk at most. Then those who wait are admitted, while blocks
-//! for their whole prompts are there.
+//! **A step.** Every sequence that is generating gets its one token. Then those who wait are admitted, while there are
+//! places and blocks for their whole prompts. What is left of the step's budget is shared among the prompts, half
+//! of it to the oldest, so a long prompt delays others by one chunk at most, and a short one does not wait for its end.
+//! Priority orders who waits; it takes nothing from those who run.
 //!
 //! **Prefixes.** Blocks are found by the key of their content. A sequence starts behind the longest prefix that is in the
 //! pool or in the archive (on disk). It claims the blocks that it will fill; one that would need a claimed block waits
@@ -21,7 +22,7 @@ mod entry;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 
-use models::batch::{BlockKind, Tables};
+use models::batch::{BlockKind, PAGE_TOKENS, Tables};
 
 use crate::blocks::{BlockKey, BlockPool, Counts};
 use entry::{Entry, Kind};
@@ -104,6 +105,16 @@ impl Plan {
         self.copies.iter().map(|(_, copy)| *copy)
     }
 
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.shares.is_empty() && self.admitted.is_empty() && self.preempted.is_empty()
+    }
+
+    /// Whether a sequence runs in this step.
+    pub fn runs(&self, sequence: SequenceId) -> bool {
+        self.shares.iter().any(|share| share.sequence == sequence)
+    }
+
     fn clear(&mut self) {
         self.shares.clear();
         self.copies.clear();
@@ -116,6 +127,7 @@ impl Plan {
     fn forget(&mut self, sequence: SequenceId) {
         self.shares.retain(|share| share.sequence != sequence);
         self.copies.retain(|(whose, _)| *whose != sequence);
+        self.restores.retain(|restore| restore.sequence != sequence);
         self.tokens = self.shares.iter().map(|share| share.tokens).sum();
     }
 }
@@ -210,10 +222,6 @@ impl Scheduler {
         for &(id, missing) in order.iter().filter(|(_, missing)| *missing == 1) {
             self.give(id, missing, plan);
         }
-        for &(id, missing) in order.iter().filter(|(_, missing)| *missing > 1) {
-            self.give(id, missing, plan);
-        }
-        self.order = order;
 
         let mut after = None;
         while plan.tokens < self.limits.step_tokens && self.running.len() < self.limits.running {
@@ -225,6 +233,22 @@ impl Scheduler {
                 break;
             }
         }
+
+        // Prompts share what is left, those just admitted among them: the oldest gets half of it at least, and all that
+        // the others have no use for.
+        order.clear();
+        let ready = self.running.iter().filter(|(_, entry)| entry.restoring.is_empty());
+        let new = |id| plan.admitted.iter().any(|(other, _)| *other == id);
+        let unread = ready.filter(|(id, entry)| entry.missing() > 1 || new(**id));
+        order.extend(unread.map(|(id, entry)| (*id, entry.missing())));
+        let mut later: usize = order.iter().map(|(_, missing)| missing).sum();
+        for &(id, missing) in &order {
+            let left = self.limits.step_tokens - plan.tokens;
+            later -= missing;
+            let most = left.saturating_sub(later).max(left.div_ceil(2)).max(PAGE_TOKENS);
+            self.give(id, missing.min(most), plan);
+        }
+        self.order = order;
     }
 
     /// Tokens of a running sequence for this step: as many of `wanted` as there are budget and blocks for.
@@ -281,9 +305,8 @@ impl Scheduler {
         let mut blocks = keys.iter().position(|key| !has(full, *key)).unwrap_or(keys.len());
         if let Some(window) = self.kinds.get(1) {
             // A block that is missing inside the window ends every prefix whose window reaches it.
-            while let Some(missing) = (window.first(blocks * models::batch::PAGE_TOKENS)..blocks)
-                .rev()
-                .find(|index| !has(window, keys[*index]))
+            while let Some(missing) =
+                (window.first(blocks * PAGE_TOKENS)..blocks).rev().find(|index| !has(window, keys[*index]))
             {
                 blocks = missing;
             }
@@ -294,7 +317,7 @@ impl Scheduler {
     fn admit(&mut self, id: SequenceId, archived: &dyn Fn(BlockKey) -> bool, plan: &mut Plan) -> Attempt {
         let entry = &self.waiting[&id];
         let blocks = self.longest_prefix(entry, archived);
-        let tokens = blocks * models::batch::PAGE_TOKENS;
+        let tokens = blocks * PAGE_TOKENS;
         // What another computes, or reads from the archive, is waited for instead of doing it again.
         let lacks = |kind: &Kind, index, key| index >= kind.first(tokens) && kind.pool.find(key).is_none();
         let awaited = entry.keys[..entry.reusable()].iter().enumerate().find(|&(index, key)| {
@@ -344,20 +367,17 @@ impl Scheduler {
         }
         entry.cached = tokens;
         plan.admitted.push((id, tokens));
-        let missing = entry.missing();
-        let restores = (!entry.restoring.is_empty()).then(|| entry.restoring.clone());
-        self.running.insert(id, entry);
-        match restores {
-            Some(blocks) => plan.restores.push(Restore { sequence: id, blocks }),
-            None => self.give(id, missing, plan),
+        if !entry.restoring.is_empty() {
+            plan.restores.push(Restore { sequence: id, blocks: entry.restoring.clone() });
         }
+        self.running.insert(id, entry);
         Attempt::Admitted
     }
 
     /// Whether a sequence that starts behind `blocks` cached ones can be run to the end of what is known of it beside
     /// those that run, with a block for each of them to go on.
     fn has_room(&self, entry: &Entry, blocks: usize) -> bool {
-        let (chunk, tokens) = (self.limits.step_tokens, blocks * models::batch::PAGE_TOKENS);
+        let (chunk, tokens) = (self.limits.step_tokens, blocks * PAGE_TOKENS);
         self.kinds.iter().all(|kind| {
             let missing = |cached, known| kind.missing(cached, known, chunk);
             let others: usize =
@@ -391,7 +411,7 @@ impl Scheduler {
         };
         entry.known += 1;
         entry.keys.extend(key);
-        assert_eq!(entry.keys.len(), entry.known / models::batch::PAGE_TOKENS, "a key for every full block");
+        assert_eq!(entry.keys.len(), entry.known / PAGE_TOKENS, "a key for every full block");
     }
 
     /// The first `loaded` of a sequence's [`Restore`] are in their blocks. If that is not all of them, the rest cannot

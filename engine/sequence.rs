@@ -37,6 +37,8 @@ pub struct Sequence {
     parts: Parts,
     /// The other choices, until the prompt is read.
     siblings: Vec<Parts>,
+    /// How many choices it began with.
+    choices: usize,
     done: bool,
     cached_tokens: Option<usize>,
     started: Option<Instant>,
@@ -55,6 +57,7 @@ impl Sequence {
             tokens: request.prompt.clone(),
             chain,
             parts,
+            choices: choices.len() + 1,
             siblings: choices,
             done: false,
             cached_tokens: None,
@@ -75,6 +78,7 @@ impl Sequence {
             chain: self.chain.clone(),
             parts,
             siblings: Vec::new(),
+            choices: 1,
             done: false,
             cached_tokens: self.cached_tokens,
             started: self.started,
@@ -96,6 +100,11 @@ impl Sequence {
     /// It is over, for all its choices.
     pub fn is_done(&self) -> bool {
         self.done
+    }
+
+    /// How many choices it began with.
+    pub fn choices(&self) -> usize {
+        self.choices
     }
 
     /// Whether it has never run.

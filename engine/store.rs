@@ -40,7 +40,8 @@ use shared::{Job, Running, Shared, State, Ticket};
 
 /// Bytes of the buffers in each direction, and how many there are at least and at most.
 const BUFFERS_BYTES: usize = 16 << 20;
-const MIN_BUFFERS: usize = 2;
+/// A step of 512 tokens fills eight blocks or nine, and what cannot be handed out soon may lose its window blocks.
+const MIN_BUFFERS: usize = 10;
 const MAX_BUFFERS: usize = 64;
 
 /// How long closing waits for queued blocks to be written.
@@ -273,6 +274,11 @@ impl BlockStore {
     /// Why blocks are only loaded and not saved, for the user; `None` if all is well.
     pub fn notice(&self) -> Option<&str> {
         self.notice.as_deref()
+    }
+
+    /// Whether this process may write to the folder.
+    pub fn is_writable(&self) -> bool {
+        self.notice.is_none()
     }
 
     /// What was done so far.

@@ -138,6 +138,9 @@ impl CacheArgs {
             static SAID: std::sync::Once = std::sync::Once::new();
             SAID.call_once(|| eprintln!("--kv-type fp8: cached keys and values of 8 bits"));
         }
+        if self.kv_cache_dir.as_ref().is_some_and(|folder| folder.as_os_str().is_empty()) {
+            wrong("--kv-cache-dir is empty");
+        }
         let limit_bytes = self.kv_cache_size.map_or(KV_CACHE_BYTES, |bytes| bytes as u64);
         let store = |folder: &PathBuf| ArchiveOptions { folder: folder.clone(), limit_bytes };
         SessionOptions {

@@ -14,7 +14,7 @@ use crate::store::{BlockStore, Loaded, StoreError, Use};
 
 /// Longest time that an ending engine goes on handing out blocks to be saved.
 const LAST_SAVES: Duration = Duration::from_secs(10);
-/// Blocks that may wait to be saved; beyond, the oldest are not.
+/// Blocks that may wait to be saved; beyond, none are added.
 const MOST_SAVES: usize = 1 << 16;
 
 /// Where the prefix cache goes when it is not in memory.
@@ -73,9 +73,16 @@ impl Archive {
         self.store.contains(key)
     }
 
-    /// A chain of blocks is used; what it publishes is to be saved as of now.
-    pub(super) fn touch(&mut self, chain: &[BlockKey]) -> Use {
-        self.store.touch(chain)
+    /// A chain of blocks is used, of which `found` were in the cache; what it publishes is to be saved as of now.
+    pub(super) fn touch(&mut self, chain: &[BlockKey], found: usize) -> Use {
+        let used = self.store.touch(chain);
+        // What the disk had no time for when it was computed.
+        for (depth, &key) in chain[..found].iter().enumerate() {
+            if !self.store.contains(key) {
+                self.queue(key, used, depth);
+            }
+        }
+        used
     }
 
     /// Has blocks read.
@@ -123,10 +130,10 @@ impl Archive {
 
     /// A block at this depth of its chain is complete.
     pub(super) fn queue(&mut self, key: BlockKey, used: Use, depth: usize) {
-        if self.to_save.len() == MOST_SAVES {
-            self.to_save.pop_front();
+        // Without its beginning a prefix is not found, so what came first stays.
+        if self.store.is_writable() && self.to_save.len() < MOST_SAVES {
+            self.to_save.push_back(Save { key, used, depth });
         }
-        self.to_save.push_back(Save { key, used, depth });
     }
 
     /// Hands out blocks to be saved, as many as there are buffers for.

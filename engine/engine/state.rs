@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use models::batch::BlockKind;
+use models::batch::{BlockKind, PAGE_TOKENS};
 use models::{Batch, NoProbe, Runner, WantLogits};
 
 use super::archive::Archive;
@@ -22,6 +22,8 @@ use crate::store::Use;
 
 /// How often blocks are handed to the disk while there is nothing else to do.
 const SAVE_EVERY: Duration = Duration::from_millis(2);
+/// Messages that are taken between two steps, beyond the first.
+const MESSAGES: usize = 16;
 /// How often callers whose request does not run are asked whether they still wait.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 
@@ -111,7 +113,8 @@ impl State {
                 self.take(message);
             }
         }
-        while let Ok(message) = self.messages.try_recv() {
+        // A bounded number: those who generate do not wait until all blocks of a long restore are copied.
+        for message in self.messages.try_iter().take(MESSAGES).collect::<Vec<_>>() {
             self.take(message);
         }
         !self.shared.stopping.load(Ordering::Acquire)
@@ -145,7 +148,8 @@ impl State {
         }
         self.asked = Instant::now();
         for (id, sequence) in &mut self.sequences {
-            if !self.scheduler.is_ready(*id) {
+            // Those who ran in the last step have just been told.
+            if !self.plan.runs(*id) {
                 sequence.say_progress(self.scheduler.progress(*id).0);
             }
         }
@@ -177,7 +181,7 @@ impl State {
             self.forward(begun, &mut report);
         }
         report.schedule_seconds += planned.as_secs_f64();
-        if let Some(observer) = &mut self.observer {
+        if let Some(observer) = self.observer.as_mut().filter(|_| !self.plan.is_empty()) {
             (report.running, report.restoring) = self.scheduler.running();
             report.waiting = self.scheduler.waiting();
             report.full_blocks = self.scheduler.counts(BlockKind::Full);
@@ -192,11 +196,11 @@ impl State {
         for (id, cached) in &self.plan.admitted {
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
             if sequence.is_new() {
-                self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+                self.shared.waiting.fetch_sub(sequence.choices(), Ordering::AcqRel);
             }
             sequence.admitted(*cached);
             if let Some(archive) = &mut self.archive {
-                self.uses.insert(*id, archive.touch(self.scheduler.keys(*id)));
+                self.uses.insert(*id, archive.touch(self.scheduler.keys(*id), cached / PAGE_TOKENS));
             }
             report.hit_tokens += cached;
             report.admitted_tokens += sequence.tokens().len();
@@ -254,7 +258,7 @@ impl State {
                 let key = sibling.sample(&mut self.scratch, row, &self.hasher);
                 self.scheduler.extend(id, key);
                 if let Some(archive) = &mut self.archive {
-                    self.uses.insert(id, archive.touch(self.scheduler.keys(id)));
+                    self.uses.insert(id, archive.touch(self.scheduler.keys(id), 0));
                 }
                 self.sequences.insert(id, sibling);
             }
@@ -272,7 +276,7 @@ impl State {
                     archive.forget(*id);
                 }
                 if sequence.is_new() {
-                    shared.waiting.fetch_sub(1, Ordering::AcqRel);
+                    shared.waiting.fetch_sub(sequence.choices(), Ordering::AcqRel);
                 }
             }
             !sequence.is_done()

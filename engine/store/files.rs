@@ -38,6 +38,10 @@ pub(super) trait Files: Send + Sync {
     fn read(&self, path: &Path, into: &mut [u8]) -> io::Result<()>;
     /// Writes a file that must not be there yet, for this user only.
     fn write(&self, path: &Path, bytes: &[u8], modified: SystemTime) -> io::Result<()>;
+    /// Has the disk keep a file's bytes. Blocks do without, since a checksum tells; a secret has none.
+    fn sync(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
     /// Gives a file another name, in place of what may stand there.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Gives a file a second name, which must not be there yet.

@@ -90,6 +90,10 @@ impl Folder {
         let mut last = io::ErrorKind::NotFound.into();
         for _ in 0..SECRET_ATTEMPTS {
             match self.files.read(&path, &mut secret) {
+                // A file of zeros is what a power failure can leave, and no secret.
+                Ok(()) if secret == [0; SECRET_BYTES] => {
+                    return Err(failed(io::ErrorKind::InvalidData.into()));
+                }
                 Ok(()) => return Ok(secret),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     self.make_secret(&path).map_err(failed)?;
@@ -111,7 +115,9 @@ impl Folder {
         let secret: [u8; SECRET_BYTES] = random()?;
         let now = SystemTime::now();
         let draft = self.draft()?;
-        let linked = self.files.write(&draft, &secret, now).and_then(|()| self.files.link(&draft, path));
+        let linked = self.files.write(&draft, &secret, now);
+        let linked =
+            linked.and_then(|()| self.files.sync(&draft)).and_then(|()| self.files.link(&draft, path));
         let faster = |error: &io::Error| {
             // The draft is not found when the process that holds the lock has tidied up.
             matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound)

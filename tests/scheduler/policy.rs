@@ -64,9 +64,10 @@ fn those_who_generate_go_first_and_prompts_fill_the_rest_in_order() {
     let a = desk.add(0, &story(1, 10));
     assert_eq!(desk.step(), [(a, 10)]);
     let (b, c) = (desk.add(0, &story(2, 150)), desk.add(0, &story(3, 60)));
-    assert_eq!(desk.step(), [(a, 1), (b, 99)]);
-    assert_eq!(desk.step(), [(a, 1), (b, 51), (c, 48)]);
-    assert_eq!(desk.step(), [(a, 1), (b, 1), (c, 12)]);
+    // Half to the older prompt, but a block at least; and all that the younger cannot use.
+    assert_eq!(desk.step(), [(a, 1), (b, 64), (c, 35)]);
+    assert_eq!(desk.step(), [(a, 1), (b, 74), (c, 25)]);
+    assert_eq!(desk.step(), [(a, 1), (c, 1), (b, 12)]);
     assert_eq!(desk.step(), [(a, 1), (b, 1), (c, 1)]);
 }
 

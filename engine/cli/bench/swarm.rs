@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bench::Sink as Rows;
 use bench::row::{Row, Setting, Times};
@@ -19,6 +19,9 @@ use crate::report::StepReport;
 use crate::request::{Event, Generate, Request, SamplingParams, StopRule, Summary};
 use crate::session::{Session, SessionOptions};
 
+/// Longest wait for any event.
+const SILENCE: Duration = Duration::from_secs(3600);
+
 #[derive(Args)]
 pub struct ServeArgs {
     /// Checkpoint folder, hub id `org/name[@revision]`, or `demo`
@@ -28,22 +31,22 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
     agents: u16,
     /// Tokens that all prompts begin with
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(0..=10_000_000))]
     shared: u32,
     /// Least tokens of an agent's own task
-    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     private_min: u32,
     /// Most tokens of an agent's own task
-    #[arg(long, default_value_t = 80)]
+    #[arg(long, default_value_t = 80, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     private_max: u32,
     /// Calls of each agent, every one a continuation of the last
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
     rounds: u16,
     /// Tokens an agent adds to every answer (what its tool said)
-    #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     turn: u32,
     /// Tokens of every answer
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     answer: u32,
     /// Agents that are run alone too, and compared [default: all]
     #[arg(long)]
@@ -138,7 +141,10 @@ impl Watched {
         }
         let mut talking = agents.len();
         while talking > 0 {
-            let Ok((index, event)) = events.recv() else { break };
+            // An engine that has died says nothing more.
+            let Ok((index, event)) = events.recv_timeout(SILENCE) else {
+                return Err(Error::Unsupported("the engine has said nothing for an hour".into()));
+            };
             let agent = &mut agents[index];
             match event {
                 Event::Prefill { .. } => {}
