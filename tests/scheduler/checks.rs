@@ -60,8 +60,8 @@ impl Simulation {
         self.check_nothing_twice(&shares);
     }
 
-    /// Tokens of those that generate come first, then prompts by age, then those admitted; all get what they want
-    /// while there is any of it.
+    /// Tokens of those that generate come first, then prompts by age, those admitted among them; all get what they want
+    /// while there is any of it. (Where the youngest finds no block, its part of the step stays unused.)
     fn check_order(&mut self, shares: &BTreeMap<SequenceId, usize>, tokens: usize) {
         let admitted: HashSet<_> = self.plan.admitted.iter().map(|(id, _)| *id).collect();
         let missing = |id| {
@@ -70,17 +70,23 @@ impl Simulation {
         };
         let place = |share: &Share| {
             let id = share.sequence;
-            let rank = if admitted.contains(&id) { 2 } else { usize::from(missing(id) > 1) };
-            (rank, id)
+            (admitted.contains(&id) || missing(id) > 1, id)
         };
         assert!(self.plan.shares.is_sorted_by_key(place), "{:?}", self.plan.shares);
 
         let ready: Vec<_> = self.running().filter(|id| self.scheduler.is_ready(*id)).collect();
         let youngest = self.running().last();
+        let short = |id: SequenceId| shares.get(&id).copied().unwrap_or(0) < missing(id);
+        let pressed = youngest.is_some_and(short) || !self.plan.preempted.is_empty();
         for &id in &ready {
             let given = shares.get(&id).copied().unwrap_or(0);
-            let spent = tokens == self.config.limits.step_tokens && missing(id) > 1;
-            assert!(given == missing(id) || spent || Some(id) == youngest, "{id:?} got {given} tokens");
+            let prompt = admitted.contains(&id) || missing(id) > 1;
+            let spent = prompt && tokens == self.config.limits.step_tokens;
+            let part = prompt && pressed && given > 0;
+            assert!(
+                given == missing(id) || spent || part || Some(id) == youngest,
+                "{id:?} got {given} tokens"
+            );
         }
         if let Some(oldest) = self.running().next() {
             assert!(
