@@ -81,6 +81,8 @@ fn full_cache(args: &ContextArgs) -> Result<ExitCode, Error> {
 
 /// What a prompt's end gave.
 struct Run {
+    /// Of the prompt.
+    tokens: usize,
     seconds: f64,
     cached_tokens: usize,
     token: u32,
@@ -126,8 +128,7 @@ fn prefill(args: &ContextArgs) -> Result<ExitCode, Error> {
                 .with("grown_bytes", run.grown_bytes)
                 .with("planned_bytes", run.planned_bytes)
                 .with("times_sooner", cold / run.seconds);
-            let tokens = args.tokens.map_or(0, |tokens| tokens as usize);
-            row.tokens_per_second = (computed == 0).then_some(tokens as f64 / run.seconds);
+            row.tokens_per_second = (computed == 0).then_some(run.tokens as f64 / run.seconds);
             sink.row(row)?;
         }
         Ok(())
@@ -181,6 +182,7 @@ fn once(args: &ContextArgs, options: &SessionOptions) -> Result<Run, Error> {
         return Err(Error::Unsupported("interrupted".into()));
     };
     Ok(Run {
+        tokens: tokens - 1,
         seconds,
         cached_tokens: answer.summary.cached_tokens,
         token: answer.token_ids[0],
