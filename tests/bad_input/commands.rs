@@ -54,7 +54,7 @@ fn impossible_requests_end_with_1() {
             &["x", "--context", "18446744073709551615"],
             &["--context 18446744073709551615 is more than the 64"],
         ),
-        (&["x", "--context", "0"], &["context is 0 tokens"]),
+        (&["x", "--context", "0"], &["--context 0 has room for no token"]),
         (&["x", "--temperature", "-1"], &["temperature"]),
         (&["x", "--temperature", "NaN"], &["temperature"]),
         (&["x", "--temperature", "inf"], &["temperature"]),
