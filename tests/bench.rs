@@ -227,3 +227,48 @@ fn without_json_there_is_a_table() {
     assert!(text.lines().nth(1).unwrap().starts_with("prefill-8 "), "{text}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("machine: "));
 }
+
+#[test]
+fn a_full_cache_takes_what_the_formula_says() {
+    let config = std::fs::read(format!("{}/models/demo/config.json", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let field = |name: &str| config[name].as_u64().unwrap();
+    let (latent, rope) = (field("kv_lora_rank"), field("qk_rope_head_dim"));
+    let coarse = latent + 4 * latent.div_ceil(128) + 2 * rope;
+    for (kv_type, bytes) in [("f32", 4 * (latent + rope)), ("bf16", 2 * (latent + rope)), ("fp8", coarse)] {
+        let rows = rows(&["context", "demo", "--tokens", "1000", "--runs", "2", "--kv-type", kv_type]);
+        assert_eq!(names(&rows), ["context/attention-1000"]);
+        // In whole blocks.
+        assert_eq!(rows[0]["cache_bytes"], 1024 * field("num_hidden_layers") * bytes, "{kv_type}");
+        assert_eq!(rows[0]["numerics"], format!("{kv_type} cache"));
+    }
+}
+
+#[test]
+fn a_prompt_gives_the_same_bits_in_any_chunks_and_from_disk() {
+    let folder = std::env::temp_dir().join(format!("moebius-bench-kv-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&folder);
+    let place = folder.to_str().unwrap();
+    let args =
+        ["context", "demo", "--prefill", "--tokens", "400", "--chunk", "64,300", "--kv-cache-dir", place];
+    let rows = rows(&args);
+    assert_eq!(names(&rows), ["context/prefill-by-64", "context/prefill-by-300", "context/restored"]);
+    assert!(rows.iter().all(|row| row["same_bits"] == true), "{rows:?}");
+    let cached: Vec<_> = rows.iter().map(|row| row["cached_tokens"].as_u64().unwrap()).collect();
+    assert_eq!(cached, [0, 0, 384]);
+    fails(&args, 2, "is not empty");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn a_swarm_is_told_what_each_would_be_told_alone() {
+    let args = ["serve", "demo", "--agents", "5", "--shared", "130", "--rounds", "2", "--unshared", "1"];
+    let rows = rows(&args);
+    assert_eq!(names(&rows), ["serve/swarm_call", "serve/unshared_call"]);
+    assert_eq!(
+        (&rows[0]["calls"], &rows[0]["compared_alone"], &rows[0]["equal_alone"]),
+        (&10.into(), &5.into(), &5.into())
+    );
+    assert!(rows[0]["served_of_shareable"].as_f64().unwrap() > 0.5, "{}", rows[0]);
+    fails(&["serve", "demo", "--private-min", "9", "--private-max", "3"], 2, "--private-max");
+}
