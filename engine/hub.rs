@@ -16,10 +16,11 @@
 //! to a partial file even where the server ignored the range, and check neither length nor checksum.
 //!
 //! Map: `options` reads the environment, `cache` knows the folders, `client` speaks HTTP and keeps the
-//! token at home, `transfer` brings one file, `progress` tells the user.
+//! token at home, `transfer` brings one file, `describe` what a model is without its weights, `progress` tells the user.
 
 mod cache;
 mod client;
+mod describe;
 mod error;
 mod options;
 mod progress;
@@ -32,6 +33,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 
+pub use describe::{Described, describe};
 pub use error::HubError;
 pub use options::{HubOptions, Token};
 pub use progress::{Bar, Lines, Progress, to_stderr};
@@ -139,11 +141,7 @@ pub fn fetch(
     options: &HubOptions,
     progress: &mut dyn Progress,
 ) -> Result<PathBuf, HubError> {
-    let revision = revision.unwrap_or("main");
-    check_repo(repo)
-        .and_then(|()| check_revision(revision))
-        .map_err(|reason| HubError::NotAModel { given: format!("{repo}@{revision}"), reason })?;
-    let cache = cache::Repo::new(&options.cache, repo, revision);
+    let (revision, cache) = place(repo, revision, options)?;
     let missing = match cache.folder() {
         None => "this revision was never downloaded".to_owned(),
         Some(folder) => match missing(&folder) {
@@ -170,53 +168,17 @@ pub fn fetch(
     Fetcher { client, cache, name, repo, listing, done: 0, total: 0, progress }.run()
 }
 
-/// What describes a model, without its weights.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Described {
-    /// A folder of the cache with at least `config.json`.
-    Folder(PathBuf),
-    /// Two files of the cache, brought one by one.
-    Files {
-        /// `config.json`.
-        config: PathBuf,
-        /// The index of the weight files, if there are several.
-        index: Option<PathBuf>,
-    },
-}
-
-/// The files that describe `repo` (`org/name`) at `revision` (`None` = `main`): from the cache if they are there, else
-/// downloaded. No weights are.
-///
-/// # Errors
-/// [`HubError`].
-pub fn describe(
+/// The revision, and where the cache has it; both names checked.
+fn place<'a>(
     repo: &str,
-    revision: Option<&str>,
+    revision: Option<&'a str>,
     options: &HubOptions,
-    progress: &mut dyn Progress,
-) -> Result<Described, HubError> {
+) -> Result<(&'a str, cache::Repo), HubError> {
     let revision = revision.unwrap_or("main");
     check_repo(repo)
         .and_then(|()| check_revision(revision))
         .map_err(|reason| HubError::NotAModel { given: format!("{repo}@{revision}"), reason })?;
-    let cache = cache::Repo::new(&options.cache, repo, revision);
-    if let Some(folder) = cache.folder().filter(|folder| folder.join(CONFIG).is_file()) {
-        return Ok(Described::Folder(folder));
-    }
-    let name = format!("{repo}@{revision}");
-    if options.offline {
-        let missing = format!("its {CONFIG} was never downloaded");
-        return Err(HubError::Offline { repo: name, missing, cache: options.cache.clone() });
-    }
-    let client = Client::new(options)?;
-    let listing = client.list(repo, revision, |text| progress.note(text))?;
-    let mut fetcher = Fetcher { client, cache, name, repo, listing, done: 0, total: 0, progress };
-    let indexed = fetcher.has_index()?;
-    fetcher.expect([CONFIG].into_iter().chain(indexed.then_some(INDEX)));
-    let config = fetcher.path(CONFIG)?;
-    let index = if indexed { Some(fetcher.path(INDEX)?) } else { None };
-    fetcher.progress.finish();
-    Ok(Described::Files { config, index })
+    Ok((revision, cache::Repo::new(&options.cache, repo, revision)))
 }
 
 /// A file of the listing: what is known of it before it is asked for.

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use bench::synth::Recipe;
+use bench::synth::{Recipe, plain_type};
 use kernels::format::GROUP;
 use models::config::Ffn;
 use models::manifest::{Role, TensorSpec, manifest, verify};
@@ -278,16 +278,6 @@ fn can_be_copied(spec: &TensorSpec, dtype: Dtype, config: &ModelConfig) -> bool 
     let tied = config.head.is_none() && spec.role == Role::Embedding;
     let role = matches!(spec.role, Role::Attention | Role::DenseMlp | Role::SharedExpert | Role::Head);
     float && matrix && (role || tied) && !spec.name.ends_with("kv_b_proj.weight")
-}
-
-/// The type of weights that are not quantised.
-fn plain_type(config: &Value) -> Dtype {
-    let field = |name: &str| config[name].as_str().or(config["text_config"][name].as_str());
-    match field("dtype").or(field("torch_dtype")) {
-        Some("float16") => Dtype::F16,
-        Some("float32") => Dtype::F32,
-        _ => Dtype::BF16,
-    }
 }
 
 /// A count of bytes; some writers give a float or a string.

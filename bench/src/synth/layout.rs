@@ -130,8 +130,8 @@ impl Shard {
     }
 }
 
-/// The type of unquantised weights.
-fn plain_type(config: &Value) -> Dtype {
+/// The type of unquantised weights that a `config.json` names.
+pub fn plain_type(config: &Value) -> Dtype {
     let field = |name: &str| config[name].as_str().or(config["text_config"][name].as_str());
     match field("dtype").or(field("torch_dtype")) {
         Some("float16") => Dtype::F16,

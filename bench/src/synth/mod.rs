@@ -28,6 +28,7 @@ mod write;
 use std::fmt;
 use std::path::PathBuf;
 
+pub use layout::plain_type;
 pub use recipes::Recipe;
 pub use write::{Options, Summary, write};
 
