@@ -10,6 +10,7 @@ use crate::prefix::{PrefixChain, PrefixHasher};
 use crate::request::{Event, FinishReason, Request, Sink, Summary};
 use crate::sampler::{Sampler, Scratch, logprobs};
 use crate::stop::StopMatcher;
+use crate::store::Use;
 use crate::tokenizer::IncrementalDecoder;
 
 /// What each choice of a request needs besides it, made when it is accepted.
@@ -39,6 +40,8 @@ pub struct Sequence {
     siblings: Vec<Parts>,
     /// How many choices it began with.
     choices: usize,
+    /// When its blocks were last used, as the archive counts; `None` before it runs, or without an archive.
+    pub used: Option<Use>,
     done: bool,
     cached_tokens: Option<usize>,
     started: Option<Instant>,
@@ -58,6 +61,7 @@ impl Sequence {
             chain,
             parts,
             choices: choices.len() + 1,
+            used: None,
             siblings: choices,
             done: false,
             cached_tokens: None,
@@ -79,6 +83,7 @@ impl Sequence {
             parts,
             siblings: Vec::new(),
             choices: 1,
+            used: self.used,
             done: false,
             cached_tokens: self.cached_tokens,
             started: self.started,

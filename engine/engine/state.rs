@@ -1,7 +1,7 @@
 //! The loop: one thread owns the runner, its cache and every sequence. Front ends talk to it through
 //! [`Engine`](super::Engine) and hear back through each request's sink.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
@@ -18,7 +18,6 @@ use crate::request::{FinishReason, SubmitError};
 use crate::sampler::Scratch;
 use crate::scheduler::{Plan, Scheduler, SequenceId, Share};
 use crate::sequence::Sequence;
-use crate::store::Use;
 
 /// How often blocks are handed to the disk while there is nothing else to do.
 const SAVE_EVERY: Duration = Duration::from_millis(2);
@@ -37,8 +36,6 @@ pub(super) struct State {
     messages: Receiver<Message>,
     /// The disk, if there is one.
     archive: Option<Archive>,
-    /// When the chains of those that run were last used, as the archive counts.
-    uses: HashMap<SequenceId, Use>,
     scheduler: Scheduler,
     plan: Plan,
     /// Those that wait and those that run.
@@ -67,7 +64,6 @@ impl State {
             shared,
             messages,
             archive,
-            uses: HashMap::new(),
             scheduler: Scheduler::new(options.limits()),
             plan: Plan::default(),
             sequences: BTreeMap::new(),
@@ -200,7 +196,7 @@ impl State {
             }
             sequence.admitted(*cached);
             if let Some(archive) = &mut self.archive {
-                self.uses.insert(*id, archive.touch(self.scheduler.keys(*id), cached / PAGE_TOKENS));
+                sequence.used = Some(archive.touch(self.scheduler.keys(*id), cached / PAGE_TOKENS));
             }
             report.hit_tokens += cached;
             report.admitted_tokens += sequence.tokens().len();
@@ -231,10 +227,10 @@ impl State {
                 continue;
             }
             let books = Instant::now();
-            let (uses, archive) = (&self.uses, &mut self.archive);
+            let (used, archive) = (sequence.used, &mut self.archive);
             self.scheduler.ran(Share { sequence: id, tokens }, |depth, key| {
-                if let (Some(archive), Some(used)) = (archive.as_mut(), uses.get(&id)) {
-                    archive.queue(key, *used, depth);
+                if let (Some(archive), Some(used)) = (archive.as_mut(), used) {
+                    archive.queue(key, used, depth);
                 }
             });
             let (done, known) = self.scheduler.progress(id);
@@ -257,9 +253,6 @@ impl State {
             for (id, mut sibling) in siblings {
                 let key = sibling.sample(&mut self.scratch, row, &self.hasher);
                 self.scheduler.extend(id, key);
-                if let Some(archive) = &mut self.archive {
-                    self.uses.insert(id, archive.touch(self.scheduler.keys(id), 0));
-                }
                 self.sequences.insert(id, sibling);
             }
         }
@@ -267,11 +260,10 @@ impl State {
 
     /// Frees what belongs to generations that are over.
     fn retire(&mut self) {
-        let Self { sequences, scheduler, shared, archive, uses, .. } = self;
+        let Self { sequences, scheduler, shared, archive, .. } = self;
         sequences.retain(|id, sequence| {
             if sequence.is_done() {
                 scheduler.remove(*id);
-                uses.remove(id);
                 if let Some(archive) = archive {
                     archive.forget(*id);
                 }
