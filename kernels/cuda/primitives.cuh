@@ -109,6 +109,15 @@ DEVICE u32 permute(u32 low, u32 high, u32 pick) {
 #endif
 }
 
+// The high 64 bits of a product.
+DEVICE u64 high_product(u64 a, u64 b) {
+#ifdef __CUDACC__
+    return __umul64hi(a, b);
+#else
+    return u64(static_cast<unsigned __int128>(a) * b >> 64);
+#endif
+}
+
 // ---- exp, fast where stated.
 
 // 2^x within 2 ulp; 0 for -inf.
