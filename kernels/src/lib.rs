@@ -11,6 +11,7 @@
 //! * **f32 accumulation**, with weights dequantised exactly.
 
 pub mod attention;
+pub mod cuda;
 pub mod experts;
 pub mod format;
 pub mod matmul;

@@ -1,0 +1,130 @@
+//! Embeds the compiled CUDA kernels. Needs no CUDA: the PTX is committed, and this only checks that it was
+//! compiled from the sources beside it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+/// Set to 1 while kernels are being written: stale PTX is a warning then.
+const STALE: &str = "MOEBIUS_CUDA_STALE";
+/// The PTX that runs everywhere.
+const GENERAL: &str = "80";
+
+fn main() {
+    let folder = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").unwrap()).join("cuda");
+    println!("cargo::rerun-if-env-changed={STALE}");
+    // A changed folder is one to which a file was added.
+    for watched in [folder.clone(), folder.join("ptx"), folder.join("build")] {
+        if watched.exists() {
+            println!("cargo::rerun-if-changed={}", watched.display());
+        }
+    }
+    let mut names: Vec<String> =
+        list(&folder).into_iter().filter_map(|name| name.strip_suffix(".cu").map(str::to_owned)).collect();
+    names.sort();
+    let manifest = fs::read_to_string(folder.join("ptx/manifest.json")).unwrap_or_default();
+    let machine_code = fs::read_to_string(folder.join("build/manifest.json")).unwrap_or_default();
+    let mut stale = Vec::new();
+    let mut table = String::from("static FILES: &[File] = &[\n");
+    for name in &names {
+        let source = fs::read_to_string(folder.join(format!("{name}.cu"))).unwrap();
+        let hash = source_hash(&folder, name);
+        let known = entry(&format!("{name}.cu"), &hash);
+        if !manifest.contains(&known) {
+            stale.push(format!("{name}.cu"));
+        }
+        writeln!(table, "File {{\nname: {name:?},").unwrap();
+        let code = folder.join(format!("build/kernels-{name}.fatbin"));
+        if machine_code.contains(&known) && code.exists() {
+            writeln!(table, "machine_code: Some(include_bytes!({code:?})),\nptx: &[").unwrap();
+        } else {
+            table += "machine_code: None,\nptx: &[\n";
+        }
+        for architecture in [GENERAL].into_iter().chain(own_architectures(&source)) {
+            let file = format!("{name}.compute_{architecture}.ptx");
+            let path = folder.join("ptx").join(&file);
+            let text = fs::read(&path).unwrap_or_default();
+            if !manifest.contains(&entry(&file, &hex(Sha256::digest(&text).as_slice()))) {
+                stale.push(file);
+            }
+            // Without PTX, in the middle of an edit, an emulated driver can still find the kernels by name.
+            let text = if path.exists() { format!("include_str!({path:?})") } else { "\"// none\"".into() };
+            writeln!(table, "({architecture:?}, concat!({text}, \"\\0\")),").unwrap();
+        }
+        table += "] },\n";
+    }
+    table += "];\n";
+    fs::write(PathBuf::from(std::env::var("OUT_DIR").unwrap()).join("cuda_images.rs"), table).unwrap();
+    report(&stale);
+}
+
+fn report(stale: &[String]) {
+    if stale.is_empty() {
+        return;
+    }
+    let advice = "run python3 kernels/cuda/compile.py ptx";
+    let text =
+        format!("not what kernels/cuda/ptx/manifest.json was made for: {}; {advice}", stale.join(", "));
+    if std::env::var(STALE).is_ok_and(|value| value == "1") {
+        println!("cargo::warning={text}");
+    } else {
+        println!("cargo::error={text}, or set {STALE}=1 in the middle of an edit");
+    }
+}
+
+fn list(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// How the manifest says that a file has this hash.
+fn entry(file: &str, hash: &str) -> String {
+    format!("\"{file}\": \"{hash}\"")
+}
+
+fn own_architectures(source: &str) -> impl Iterator<Item = &str> {
+    source.lines().find_map(|line| line.strip_prefix("// architectures: ")).unwrap_or("").split_whitespace()
+}
+
+/// SHA-256 of a .cu file and the .cuh files it includes, each with its name and length (as compile.py).
+fn source_hash(folder: &Path, name: &str) -> String {
+    let first = format!("{name}.cu");
+    let mut headers = BTreeMap::new();
+    let text = read(folder, &first);
+    collect(folder, &text, &mut headers);
+    let mut hasher = Sha256::new();
+    for (name, text) in std::iter::once((&first, &text)).chain(&headers) {
+        println!("cargo::rerun-if-changed={}", folder.join(name).display());
+        hasher.update(format!("{name}\n{}\n", text.len()));
+        hasher.update(text);
+    }
+    hex(hasher.finalize().as_slice())
+}
+
+fn read(folder: &Path, name: &str) -> String {
+    let path = folder.join(name);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn collect(folder: &Path, text: &str, headers: &mut BTreeMap<String, String>) {
+    for line in text.lines() {
+        let Some(rest) = line.trim_start().strip_prefix('#') else { continue };
+        let Some(rest) = rest.trim_start().strip_prefix("include") else { continue };
+        let name = rest.split('"').nth(1).unwrap_or("");
+        if name.ends_with(".cuh") && !headers.contains_key(name) {
+            let text = read(folder, name);
+            headers.insert(name.to_owned(), text.clone());
+            collect(folder, &text, headers);
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

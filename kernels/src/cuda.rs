@@ -1,0 +1,37 @@
+//! The CUDA device: what is there, memory, launches, graphs and timing. The only part of Moebius that
+//! speaks to the driver.
+//!
+//! The driver library is looked for at run time; a machine without one uses the host kernels of this
+//! crate. Kernels are compiled ahead of time (`kernels/cuda/compile.py`) and embedded, so neither a build
+//! nor a user needs a CUDA toolkit.
+//!
+//! What holds everywhere below this module:
+//!
+//! * **One stream.** Everything a [`Device`] does happens in the order it was asked for. One thread owns
+//!   the device.
+//! * **Nothing panics on what the driver says.** Every call returns a [`DeviceError`] that names the
+//!   operation, the kernel and the driver's own words. An error after which a device cannot be used any
+//!   more is returned again, at once, by every later call; dropping buffers then is safe.
+//! * **A launch allocates nothing**, and works while a graph is captured. A [`Graph`] keeps the buffers
+//!   that it uses alive.
+
+mod buffer;
+mod context;
+mod device;
+mod error;
+mod event;
+mod graph;
+mod host;
+mod image;
+mod launch;
+mod profile;
+
+pub use buffer::{Buffer, Plain, Slice};
+pub use device::{Availability, Device, DeviceInfo, DeviceSummary, MemoryInfo};
+pub use error::{Cause, DeviceError};
+pub use event::Event;
+pub use graph::Graph;
+pub use host::HostBuffer;
+pub use image::Kernel;
+pub use launch::{Argument, Grid, Launch, MAX_ARGUMENTS, Residency};
+pub use profile::Timing;
