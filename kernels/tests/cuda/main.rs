@@ -1,0 +1,6 @@
+//! The CUDA kernels and the layer that launches them, on the mock driver or, with `MOEBIUS_CUDA=device`, on the
+//! machine's own device.
+
+mod driver;
+#[path = "../mock/mod.rs"]
+mod mock;
