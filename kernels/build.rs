@@ -28,37 +28,58 @@ fn main() {
     let manifest = fs::read_to_string(folder.join("ptx/manifest.json")).unwrap_or_default();
     let machine_code = fs::read_to_string(folder.join("build/manifest.json")).unwrap_or_default();
     let mut stale = Vec::new();
-    let mut table = String::from("static FILES: &[File] = &[\n");
+    let mut files = String::new();
+    let mut sources = String::new();
     for name in &names {
-        let source = fs::read_to_string(folder.join(format!("{name}.cu"))).unwrap();
+        let source = read(&folder, &format!("{name}.cu"));
         let hash = source_hash(&folder, name);
         let known = entry(&format!("{name}.cu"), &hash);
         if !manifest.contains(&known) {
             stale.push(format!("{name}.cu"));
         }
-        writeln!(table, "File {{\nname: {name:?},").unwrap();
         let code = folder.join(format!("build/kernels-{name}.fatbin"));
-        if machine_code.contains(&known) && code.exists() {
-            writeln!(table, "machine_code: Some(include_bytes!({code:?})),\nptx: &[").unwrap();
+        let code = if machine_code.contains(&known) && code.exists() {
+            format!("Some(include_bytes!({code:?}))")
         } else {
-            table += "machine_code: None,\nptx: &[\n";
-        }
+            "None".into()
+        };
+        writeln!(files, "File {{\nname: {name:?},\nmachine_code: {code},\nptx: &[").unwrap();
         for architecture in [GENERAL].into_iter().chain(own_architectures(&source)) {
             let file = format!("{name}.compute_{architecture}.ptx");
             let path = folder.join("ptx").join(&file);
-            let text = fs::read(&path).unwrap_or_default();
+            let text = fs::read_to_string(&path).unwrap_or_default();
             if !manifest.contains(&entry(&file, &hex(Sha256::digest(&text).as_slice()))) {
                 stale.push(file);
             }
-            // Without PTX, in the middle of an edit, an emulated driver can still find the kernels by name.
-            let text = if path.exists() { format!("include_str!({path:?})") } else { "\"// none\"".into() };
-            writeln!(table, "({architecture:?}, concat!({text}, \"\\0\")),").unwrap();
+            let text = match placeholder(&source, &text, architecture) {
+                Some(placeholder) => format!("{placeholder:?}"),
+                None => format!("include_str!({path:?})"),
+            };
+            writeln!(files, "({architecture:?}, concat!({text}, \"\\0\")),").unwrap();
         }
-        table += "] },\n";
+        files += "] },\n";
+        writeln!(sources, "({name:?}, {hash:?}),").unwrap();
     }
-    table += "];\n";
+    let table = format!(
+        "static FILES: &[File] = &[\n{files}];\n\
+         #[cfg(test)]\nstatic SOURCES: Option<&[(&str, &str)]> = {};\n",
+        if stale.is_empty() { format!("Some(&[\n{sources}])") } else { "None".into() }
+    );
     fs::write(PathBuf::from(std::env::var("OUT_DIR").unwrap()).join("cuda_images.rs"), table).unwrap();
     report(&stale);
+}
+
+/// In the middle of an edit, where a kernel was never compiled: text in which the driver of an emulated device
+/// finds its name. A real device would stop at once.
+fn placeholder(source: &str, ptx: &str, architecture: &str) -> Option<String> {
+    let names = source.lines().filter_map(|line| line.strip_prefix("EXPORT(")?.split(')').next());
+    let names: Vec<&str> = names.collect();
+    if names.iter().all(|name| ptx.contains(&format!(".entry {name}("))) {
+        return None;
+    }
+    let head = format!(".version 8.7\n.target sm_{architecture}\n.address_size 64\n");
+    let entries = names.iter().map(|name| format!(".visible .entry {name}()\n{{\ntrap;\n}}\n"));
+    Some(entries.fold(head, |text, entry| text + &entry))
 }
 
 fn report(stale: &[String]) {

@@ -15,10 +15,12 @@ A file that has its own path on some architecture says so in a line such as `// 
 """
 
 import argparse
+import concurrent.futures
 import ctypes
 import difflib
 import hashlib
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -267,12 +269,14 @@ def write_fat_binaries(arguments):
 # ---- Registers, spills, instructions
 
 
-def measure(nvcc, path, architecture, folder):
+def measure(nvcc, path, architecture):
     """One row per kernel of a file, as the compiler and the disassembler tell it."""
-    cubin = pathlib.Path(folder) / f"{path.stem}.cubin"
     generate = f"arch=compute_{architecture},code=sm_{architecture}"
     options = ["-std=c++17", "-O3", "-gencode", generate, "-Xptxas", "-v", "-cubin", "-I", HERE]
-    log = nvcc.run("nvcc", *options, path, "-o", cubin).stderr
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernels.cubin"
+        log = nvcc.run("nvcc", *options, path, "-o", cubin).stderr
+        assembly = nvcc.run("cuobjdump", "--dump-sass", cubin).stdout
     rows = {}
     for part in log.split("Compiling entry function '")[1:]:
         name = part.split("'", 1)[0]
@@ -292,23 +296,33 @@ def measure(nvcc, path, architecture, folder):
             "static_shared": number(r"(\d+) bytes smem"),
             "sources": source_hash(path)[:HASH_DIGITS],
         }
-    assembly = nvcc.run("cuobjdump", "--dump-sass", cubin).stdout
     for part in re.split(r"^\s*Function : ", assembly, flags=re.MULTILINE)[1:]:
-        row = rows.get(part.split()[0])
-        if row is not None:
-            for name in MNEMONICS:
-                row[name.lower()] = len(re.findall(rf"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*{name}\b", part, re.MULTILINE))
+        row = rows[part.split()[0]]
+        mnemonics = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?(\w+)", part, re.MULTILINE)
+        for name in MNEMONICS:
+            row[name.lower()] = mnemonics.count(name)
     return [rows[name] for name in sorted(rows)]
+
+
+def known_rows():
+    """The committed rows of each file and architecture whose sources are still the same."""
+    known = {}
+    for line in RESOURCES.read_text().splitlines()[1:] if RESOURCES.exists() else []:
+        row = dict(zip(COLUMNS, line.split(",")))
+        path = HERE / f"{row['file']}.cu"
+        if path.exists() and row["sources"] == source_hash(path)[:HASH_DIGITS]:
+            known.setdefault((path, row["architecture"]), []).append(row)
+    return known
 
 
 def table(arguments):
     nvcc = Nvcc(arguments.nvcc)
+    known = {} if arguments.check else known_rows()
+    work = [(path, architecture) for path in kernel_files() for architecture in ARCHITECTURES]
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        rows = pool.map(lambda unit: known.get(unit) or measure(nvcc, *unit), work)
     lines = [",".join(COLUMNS)]
-    with tempfile.TemporaryDirectory() as folder:
-        for path in kernel_files():
-            for architecture in ARCHITECTURES:
-                for row in measure(nvcc, path, architecture, folder):
-                    lines.append(",".join(str(row.get(column, 0)) for column in COLUMNS))
+    lines += [",".join(str(row.get(column, 0)) for column in COLUMNS) for part in rows for row in part]
     return "".join(line + "\n" for line in lines)
 
 
@@ -335,6 +349,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--nvrtc", metavar="DIR", help="a virtual environment with NVRTC 12.8")
     parser.add_argument("--nvcc", metavar="DIR", help="a virtual environment with nvcc 13.0")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers that run at once")
     arguments = parser.parse_args()
     try:
         {"ptx": write_ptx, "fatbin": write_fat_binaries, "resources": resources}[arguments.command](arguments)

@@ -39,7 +39,7 @@ struct File {
     ptx: &'static [(&'static str, &'static str)],
 }
 
-// `FILES`, written by build.rs.
+// `FILES`, and for the tests `SOURCES` with the hash of each file; written by build.rs.
 include!(concat!(env!("OUT_DIR"), "/cuda_images.rs"));
 
 /// A loaded function. Lives as long as its context.
@@ -48,6 +48,8 @@ pub(super) struct Function {
     pub raw: sys::CUfunction,
     pub static_shared_bytes: usize,
     pub max_threads: u32,
+    /// Architecture of the PTX that it was made from: 80, 90, ...
+    pub architecture: u32,
     /// Whether it was allowed more shared memory than a kernel has unasked.
     pub large_shared: bool,
 }
@@ -101,6 +103,7 @@ pub(super) fn function(context: &Context, kernel: Kernel) -> Result<Function, De
         raw,
         static_shared_bytes: ask(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)? as usize,
         max_threads: ask(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
+        architecture: ask(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?,
         large_shared: false,
     };
     modules.functions.insert(kernel, function);
@@ -241,6 +244,35 @@ mod tests {
             assert!(chosen(file.ptx, (8, 0)).is_some(), "{}: no PTX for compute capability 8.0", file.name);
             for (architecture, text) in file.ptx {
                 assert!(text.ends_with('\0'), "{} {architecture}", file.name);
+            }
+        }
+    }
+
+    #[test]
+    fn the_table_of_resources_is_that_of_the_sources_and_nothing_spills() {
+        let Some(sources) = SOURCES else {
+            println!("SKIP: PTX is stale");
+            return;
+        };
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/ptx/resources.csv");
+        let text = std::fs::read_to_string(path).unwrap();
+        let mut lines = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
+        let columns = lines.next().unwrap();
+        let column = |name: &str| columns.iter().position(|column| *column == name).unwrap();
+        let rows: Vec<_> = lines.collect();
+        for (file, hash) in sources {
+            let rows: Vec<_> = rows.iter().filter(|row| row[column("file")] == *file).collect();
+            assert!(!rows.is_empty(), "{file} is not in the table: run kernels/cuda/compile.py resources");
+            for row in rows {
+                let made_for = row[column("sources")];
+                assert_eq!(
+                    made_for,
+                    &hash[..made_for.len()],
+                    "{file}: run kernels/cuda/compile.py resources"
+                );
+                for name in ["stack", "spill_stores", "spill_loads", "ldl", "stl"] {
+                    assert_eq!(row[column(name)], "0", "{name} of {} on {}", row[column("kernel")], row[2]);
+                }
             }
         }
     }

@@ -17,6 +17,8 @@ use super::image::{self, Function, Kernel};
 pub const MAX_ARGUMENTS: usize = 40;
 /// Shared memory that a kernel has without asking for more.
 const SHARED_BYTES_UNASKED: usize = 48 << 10;
+/// The first architecture whose kernels can start early.
+const EARLY_ARCHITECTURE: u32 = 90;
 const LAUNCH: &str = "launch";
 
 /// Blocks of a launch in three directions.
@@ -122,6 +124,7 @@ pub struct Launch<'d> {
     grid: Grid,
     threads: u32,
     shared_bytes: usize,
+    early: bool,
     arguments: [u64; MAX_ARGUMENTS],
     count: usize,
 }
@@ -145,8 +148,16 @@ impl Device {
         threads: u32,
         shared_bytes: usize,
     ) -> Launch<'_> {
-        let arguments = [0; MAX_ARGUMENTS];
-        Launch { device: self, kernel, grid: grid.into(), threads, shared_bytes, arguments, count: 0 }
+        Launch {
+            device: self,
+            kernel,
+            grid: grid.into(),
+            threads,
+            shared_bytes,
+            early: false,
+            arguments: [0; MAX_ARGUMENTS],
+            count: 0,
+        }
     }
 
     /// How many blocks of such a launch the device holds at once: the grid of a persistent kernel.
@@ -188,6 +199,14 @@ impl Launch<'_> {
         self
     }
 
+    /// Lets the kernel start while the one before it ends, where the device and the kernel's code can (compute
+    /// capability 9.0). The kernel must call `wait_for_previous` before it touches anything that an earlier
+    /// one wrote, or writes anything that an earlier one reads.
+    pub fn early(mut self) -> Self {
+        self.early = true;
+        self
+    }
+
     fn push(&mut self, bits: u64) {
         assert!(self.count < MAX_ARGUMENTS, "{}: too many arguments", self.kernel.name);
         self.arguments[self.count] = bits;
@@ -209,25 +228,28 @@ impl Launch<'_> {
             *pointer = ptr::from_mut(argument).cast();
         }
         let begun = context.profiler.begin(context, self.kernel.name)?;
-        let (grid, threads, shared) = (self.grid, self.threads, self.shared_bytes as u32);
+        let early = self.early && function.architecture >= EARLY_ARCHITECTURE;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: self.grid.x,
+            gridDimY: self.grid.y,
+            gridDimZ: self.grid.z,
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared_bytes as u32,
+            hStream: context.stream,
+            attrs: &mut attribute,
+            numAttrs: early.into(),
+        };
         // SAFETY: the function lives as long as the context; the driver copies the arguments before it
         // returns; the rest is the caller's promise. Memory outlives the kernel: freeing waits for it.
         let launched = context.call_about(LAUNCH, Some(self.kernel.name), || unsafe {
-            let (arguments, stream) = (pointers.as_mut_ptr(), context.stream);
-            let extra = ptr::null_mut();
-            sys::cuLaunchKernel(
-                function.raw,
-                grid.x,
-                grid.y,
-                grid.z,
-                threads,
-                1,
-                1,
-                shared,
-                stream,
-                arguments,
-                extra,
-            )
+            sys::cuLaunchKernelEx(&config, function.raw, pointers.as_mut_ptr(), ptr::null_mut())
         });
         if launched.is_ok() {
             context.launched(self.kernel.name);
@@ -318,6 +340,7 @@ mod tests {
             raw: ptr::null_mut(),
             static_shared_bytes: 1024,
             max_threads: 512,
+            architecture: 80,
             large_shared: false,
         };
         let check = |grid: Grid, threads, shared| check(&info(), &function, grid, threads, shared);
