@@ -25,6 +25,7 @@ mod host;
 mod image;
 mod launch;
 mod profile;
+pub mod sample;
 
 pub use buffer::{Buffer, Plain, Slice};
 pub use device::{Availability, Device, DeviceInfo, DeviceSummary, MemoryInfo};

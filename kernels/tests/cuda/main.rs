@@ -4,3 +4,4 @@
 mod driver;
 #[path = "../mock/mod.rs"]
 mod mock;
+mod sample;
