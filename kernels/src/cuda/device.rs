@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::context::{Context, guarded};
-use super::error::DeviceError;
+use super::error::{DeviceError, code};
 
 /// The oldest compute capability that the kernels run on (bf16 products, asynchronous copies).
 const OLDEST: (u32, u32) = (8, 0);
@@ -247,6 +247,11 @@ fn describe(summary: DeviceSummary) -> Result<DeviceInfo, DeviceError> {
     let version = u32::try_from(version).unwrap_or(0);
     let ask = |name| attribute(device, name);
     let bytes = |name| attribute(device, name).map(|value| value as usize);
+    // Nothing depends on these, and a driver may not know them.
+    let perhaps = |name| match attribute(device, name) {
+        Err(error) if error.code() == Some(code::INVALID_VALUE) => Ok(0),
+        answer => answer,
+    };
     Ok(DeviceInfo {
         ordinal: summary.ordinal,
         name: summary.name,
@@ -260,10 +265,9 @@ fn describe(summary: DeviceSummary) -> Result<DeviceInfo, DeviceError> {
             Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
         )?,
         registers_per_multiprocessor: ask(Attribute::CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR)?,
-        // Newer drivers may stop to answer these; nothing depends on them.
-        clock_khz: ask(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE).unwrap_or(0),
-        memory_clock_khz: ask(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE).unwrap_or(0),
-        memory_bus_bits: ask(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH).unwrap_or(0),
+        clock_khz: perhaps(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?,
+        memory_clock_khz: perhaps(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?,
+        memory_bus_bits: perhaps(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?,
     })
 }
 

@@ -35,6 +35,7 @@ pub enum Cause {
 
 /// `CUresult` values that this module tells apart.
 pub(super) mod code {
+    pub const INVALID_VALUE: u32 = 1;
     pub const OUT_OF_MEMORY: u32 = 2;
     pub const NO_BINARY_FOR_GPU: u32 = 209;
     pub const INVALID_PTX: u32 = 218;

@@ -54,7 +54,8 @@ impl Capture<'_> {
 impl Drop for Capture<'_> {
     fn drop(&mut self) {
         if let (Ok(graph), _kept) = finish(self.context) {
-            destroy(self.context, graph);
+            // Whatever ended the capture is the error to tell.
+            let _ = destroy(self.context, graph);
         }
     }
 }
@@ -68,11 +69,12 @@ fn finish(context: &Context) -> (Result<sys::CUgraph, DeviceError>, Vec<Arc<Memo
     (ended.map(|()| graph), kept)
 }
 
-fn destroy(context: &Context, graph: sys::CUgraph) {
-    if !graph.is_null() {
-        // SAFETY: made by the end of a capture and destroyed once.
-        context.release("destroy a captured graph", || unsafe { sys::cuGraphDestroy(graph) });
+fn destroy(context: &Context, graph: sys::CUgraph) -> Result<(), DeviceError> {
+    if graph.is_null() {
+        return Ok(());
     }
+    // SAFETY: made by the end of a capture and destroyed once.
+    context.call("destroy a captured graph", || unsafe { sys::cuGraphDestroy(graph) })
 }
 
 impl Device {
@@ -91,9 +93,9 @@ impl Device {
         // SAFETY: the graph comes from the capture; the driver writes the handle.
         let made = context
             .call("make a graph", || unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) });
-        destroy(context, graph);
-        made?;
-        Ok(Graph { context: context.clone(), executable, kept })
+        let made = made.map(|()| Graph { context: context.clone(), executable, kept });
+        destroy(context, graph)?;
+        made
     }
 }
 
