@@ -34,6 +34,10 @@ struct __attribute__((aligned(8))) Bytes8 {
 #define EXPORT(name) static const bool name##_known = emulator::register_kernel(#name, emulator::entry_of<&name>(&name))
 #endif
 
+#ifdef __CUDACC_RTC__
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 constexpr u32 ALL_LANES = ~0u;
 
 DEVICE u32 lane_id() { return threadIdx.x & 31; }
