@@ -11,6 +11,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "kernels/src/team.rs",
     "kernels/tests/allocations.rs",
     "kernels/tests/cuda/driver.rs",
+    "kernels/tests/cuda_faults.rs",
     "kernels/tests/mock/",
     "models/src/checkpoint/mod.rs",
     "tests/allocations.rs",

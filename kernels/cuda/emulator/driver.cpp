@@ -21,6 +21,12 @@ size_t live_objects() {
     return s.streams.size() + s.events.size() + s.modules.size() + s.graphs.size() + s.executables.size();
 }
 
+// Errors after which, by the documentation, a process has to be started again.
+static bool ends_context(int result) {
+    return result == 4 || result == 46 || result == 214 || result == 220 || result == 226 || result == 700 ||
+           result == 702 || (result >= 709 && result <= 719) || result == 721 || result == 999;
+}
+
 Call::Call(const char* name, Kind kind) : hold(state().lock), result(SUCCESS) {
     State& s = state();
     s.calls[int(Kind::Any)]++;
@@ -33,10 +39,8 @@ Call::Call(const char* name, Kind kind) : hold(state().lock), result(SUCCESS) {
             s.pending = injection.result;
         } else {
             result = injection.result;
-            if (injection.how == How::Forever) {
-                s.sticky = injection.result;
-                s.lost = true;
-            }
+            s.lost = injection.how == How::Forever;
+            if (s.lost || ends_context(result)) s.sticky = result;
         }
     }
     if (s.sticky != SUCCESS) result = s.sticky;

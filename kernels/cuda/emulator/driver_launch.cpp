@@ -5,8 +5,6 @@
 #include "driver.h"
 
 #include <cstdio>
-#include <cstdlib>
-#include <regex>
 
 namespace mock {
 namespace {
@@ -38,23 +36,23 @@ Result parse_ptx(const std::string& text, Module& module) {
     bool one_only = text[at + used] == 'a';
     if (one_only ? target != capability : target > capability) return NO_BINARY_FOR_GPU;
 
-    static const std::regex maximum("\\.maxntid\\s+(\\d+)"), shared("\\.shared\\s+\\.align\\s+\\d+\\s+\\.b8\\s+\\w+\\[(\\d+)\\]");
-    for (size_t entry = text.find(".entry"); entry != std::string::npos;) {
-        size_t next = text.find(".entry", entry + 1);
-        size_t start = text.find_first_not_of(" \t\n", entry + 6);
-        size_t end = text.find_first_of(" \t\r\n({;", start);
-        Function function;
-        function.name = text.substr(start, end - start);
-        auto first = text.begin() + end, last = next == std::string::npos ? text.end() : text.begin() + next;
-        std::smatch found;
-        // Only the head of the kernel has the one, only the start of its body the other.
-        auto head = std::find(first, last, '{');
-        if (std::regex_search(first, head, found, maximum)) function.max_threads = std::stoi(found[1]);
-        auto declarations = last - head > 4096 ? head + 4096 : last;
-        for (auto from = head; std::regex_search(from, declarations, found, shared); from = found[0].second)
-            function.static_shared += std::stoi(found[1]);
-        module.functions[function.name] = function;
-        entry = next;
+    std::string current;
+    for (size_t dot = text.find('.'); dot != std::string::npos; dot = text.find('.', dot + 1)) {
+        const char* word = text.c_str() + dot;
+        char name[512];
+        int number = 0, bytes = 0;
+        if (sscanf(word, ".entry %511[A-Za-z0-9_$]", name) == 1) {
+            current = name;
+            module.functions[current].name = current;
+        } else if (sscanf(word, ".maxntid %d", &number) == 1 && !current.empty()) {
+            module.functions[current].max_threads = number;
+        } else if (sscanf(word, ".shared .align %d .b8 %511[A-Za-z0-9_$][%d]", &number, name, &bytes) == 3) {
+            // A kernel's own array has the kernel's name in its own; one of a function stands in the kernel.
+            Function* owner = current.empty() ? nullptr : &module.functions[current];
+            for (auto& entry : module.functions)
+                if (strstr(name, (std::to_string(entry.first.size()) + entry.first + "E").c_str())) owner = &entry.second;
+            if (owner) owner->static_shared += bytes;
+        }
     }
     return SUCCESS;
 }
@@ -125,6 +123,10 @@ Result launch(void* handle, const Shape& shape, void* stream_handle, void** para
     auto values = std::make_shared<std::vector<unsigned char>>();
     std::vector<size_t> offsets;
     for (size_t i = 0; i < kernel.sizes.size(); i++) {
+        if (!parameters[i]) {
+            complain(function->name + " has more parameters than it was passed");
+            return INVALID_VALUE;
+        }
         offsets.push_back(values->size());
         auto* value = static_cast<unsigned char*>(parameters[i]);
         values->insert(values->end(), value, value + kernel.sizes[i]);
@@ -144,13 +146,21 @@ using namespace mock;
 
 // ---- Modules.
 
-API int cuModuleLoadDataEx(void** handle, const void* image, unsigned, int*, void**) {
+API int cuModuleLoadDataEx(void** handle, const void* image, unsigned count, int* options, void** values) {
     ENTER(Kind::Any);
     if (Result refused = refuse_in_capture()) return refused;
     auto module = std::make_unique<Module>();
     if (is_binary(image)) {
         module->any = true;
     } else if (Result wrong = parse_ptx(static_cast<const char*>(image), *module)) {
+        // Options 5 and 6: where the compiler's errors go, and how many bytes.
+        char* log = nullptr;
+        size_t bytes = 0;
+        for (unsigned i = 0; i < count; i++) {
+            if (options[i] == 5) log = static_cast<char*>(values[i]);
+            if (options[i] == 6) bytes = reinterpret_cast<uintptr_t>(values[i]);
+        }
+        if (log) snprintf(log, bytes, "ptxas fatal: refused by the mock driver");
         return wrong;
     }
     *handle = *state().modules.insert(module.release()).first;
@@ -209,6 +219,22 @@ API int cuFuncGetAttribute(int* value, int attribute, void* handle) {
         case 8: *value = function->max_dynamic_shared; break;
         default: *value = 0;
     }
+    return SUCCESS;
+}
+
+API int cuFuncGetParamInfo(void* handle, size_t index, size_t* offset, size_t* size) {
+    ENTER(Kind::Any);
+    Function* function = function_of(handle);
+    if (!function) return INVALID_HANDLE;
+    const std::vector<size_t>& sizes = function->kernel->sizes;
+    if (index >= sizes.size()) return INVALID_VALUE;
+    *offset = 0;
+    // Every parameter lies at a multiple of its size.
+    for (size_t i = 0; i <= index; i++) {
+        *offset = (*offset + sizes[i] - 1) / sizes[i] * sizes[i];
+        if (i < index) *offset += sizes[i];
+    }
+    if (size) *size = sizes[index];
     return SUCCESS;
 }
 

@@ -10,6 +10,8 @@
 mod child;
 mod compile;
 mod control;
+#[allow(dead_code, reason = "not every test crate uses it")]
+mod faults;
 
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
@@ -21,6 +23,7 @@ use kernels::cuda::Device;
 pub use self::{
     child::{assert_caught, assert_caught_sanitized, is_child, rerun_sanitized},
     control::{Control, Gpu, How, Kind, Order},
+    faults::{Fault, for_every_call},
 };
 
 /// Whether tests run on the machine's own device.
