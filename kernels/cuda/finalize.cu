@@ -1,7 +1,7 @@
 // What the experts gave, brought back to the tokens.
 //
-// x[t] = x[t] + shared[t] + weight[t, 0] * out[t, 0] + weight[t, 1] * out[t, 1] ..: one chain of f32, ranks ascending,
-// whatever the order in which experts were computed.
+// x[t] = x[t] + shared[t] + weight[t, 0] * out[t, 0] + weight[t, 1] * out[t, 1] ..: one chain of f32, ranks
+// ascending, whatever the order in which experts were computed.
 #include "rows.cuh"
 
 struct Token {
@@ -49,8 +49,8 @@ DEVICE void finalize_columns(const Token& token, u32 column) {
     }
 }
 
-// x, shared [tokens, hidden]; out [tokens, top_k, hidden]; weights [tokens, top_k]. Of the rows the first *tokens are
-// done (all if null). `add`: onto x. Blocks along x take tokens, along y columns.
+// x, shared [tokens, hidden]; out [tokens, top_k, hidden]; weights [tokens, top_k]. Of the rows the first *tokens
+// are done (all if null). `add`: onto x. Blocks along x take tokens, along y columns.
 extern "C" __global__ void __launch_bounds__(128)
     finalize(float* x, u32 add, const float* shared, const float* out, const float* weights, const u32* tokens,
              u32 hidden, u32 top_k) {

@@ -16,8 +16,8 @@ constexpr u32 NOBODY = ~0u;
 
 // ---- The ring of what was grouped, for whoever profiles.
 
-// In the host's memory. A reader that finds the number it expects at both ends, `ended` before and `begun` after it
-// read the rest, has a whole entry.
+// In the host's memory. A reader that finds the number it expects at both ends, `ended` before and `begun` after
+// it read the rest, has a whole entry.
 struct RingEntry {
     u64 begun, time_nanoseconds;
     u32 layer, tokens, experts, reserved;
@@ -59,7 +59,9 @@ DEVICE void record(Ring* ring, u32 layer, u32 tokens, u32 experts, u32 count) {
 // ---- Counting and placing.
 
 // The pairs of this call: those of tokens that are padding are left out.
-DEVICE u32 pair_count(const u32* tokens, u32 rows, u32 top_k) { return (tokens ? min(*tokens, rows) : rows) * top_k; }
+DEVICE u32 pair_count(const u32* tokens, u32 rows, u32 top_k) {
+    return (tokens ? min(*tokens, rows) : rows) * top_k;
+}
 
 // What a block or a warp takes of the pairs.
 struct Part {
@@ -130,13 +132,14 @@ struct Counts {
     u32 pairs, units[2];
 };
 
-// What all threads before this one have. `warps` is room for the sums of warps, and may be used again after a barrier.
+// What all threads before this one have. `warps` is room for the sums of warps.
 DEVICE Counts sum_before(Counts mine, Counts* warps) {
     Counts sum = mine;
 #pragma unroll
     for (u32 step = 1; step < 32; step *= 2) {
         u32 pairs = __shfl_up_sync(ALL_LANES, sum.pairs, step);
-        u32 first = __shfl_up_sync(ALL_LANES, sum.units[0], step), second = __shfl_up_sync(ALL_LANES, sum.units[1], step);
+        u32 first = __shfl_up_sync(ALL_LANES, sum.units[0], step);
+        u32 second = __shfl_up_sync(ALL_LANES, sum.units[1], step);
         if (lane_id() < step) continue;
         sum.pairs += pairs, sum.units[0] += first, sum.units[1] += second;
     }
@@ -156,7 +159,9 @@ struct Units {
     Bytes16* list;
 };
 
-DEVICE u32 units_of(u32 pairs, const Units& units) { return units.size ? (pairs + units.size - 1) / units.size : 0; }
+DEVICE u32 units_of(u32 pairs, const Units& units) {
+    return units.size ? (pairs + units.size - 1) / units.size : 0;
+}
 
 // Unit u belongs to the last expert whose units start at or before u; those without any start where the next does.
 // Threads take units, not experts: one expert may have nearly all.
@@ -176,19 +181,18 @@ DEVICE void write_units(const Units& units, u32 which, const Counts* starts, u32
     if (blockIdx.x == 0 && threadIdx.x == 0) unit_counts[which] = total;
 }
 
-// Thread e writes where expert e starts, thread 0 also the end of all. (Experts past the last have no pairs.)
+// Thread e writes where expert e starts, the last thread also the end of all. (Experts past the last have no pairs.)
 DEVICE void write_starts(const Counts& before, Counts mine, Counts* starts) {
     starts[threadIdx.x] = before;
-    if (threadIdx.x == THREADS - 1) {
-        starts[THREADS] = {before.pairs + mine.pairs, {before.units[0] + mine.units[0], before.units[1] + mine.units[1]}};
-    }
+    Counts after{before.pairs + mine.pairs, {before.units[0] + mine.units[0], before.units[1] + mine.units[1]}};
+    if (threadIdx.x == THREADS - 1) starts[THREADS] = after;
 }
 
 // ---- All pairs in one block.
 
-// ids [rows, top_k] of which the first *tokens rows count (all if null); order [rows * top_k], whose places past the
-// last pair are left as they are; offsets [experts + 1]; for each size of units that is not 0 a list, and how many
-// in unit_counts[2].
+// ids [rows, top_k] of which the first *tokens rows count (all if null); order [rows * top_k], whose places past
+// the last pair are left as they are; offsets [experts + 1]; for each size of units that is not 0 a list, and how
+// many in unit_counts[2].
 extern "C" __global__ void __launch_bounds__(THREADS)
     group(const int* ids, const u32* tokens, u32 rows, u32 top_k, u32 experts, int* order, int* offsets, u32 size,
           Bytes16* list, u32 other_size, Bytes16* other_list, u32* unit_counts, Ring* ring, u32 layer) {

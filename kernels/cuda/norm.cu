@@ -12,7 +12,9 @@ constexpr u32 KEPT = 2;
 // Chunks of 32 * 4 values of a head that a warp keeps.
 constexpr u32 KEPT_OF_HEAD = 4;
 
-DEVICE float inverse_root(float squares, u32 width, float eps) { return 1.0f / sqrtf(squares / float(width) + eps); }
+DEVICE float inverse_root(float squares, u32 width, float eps) {
+    return 1.0f / sqrtf(squares / float(width) + eps);
+}
 
 // The sum over the block, in the order of its warps.
 DEVICE float block_sum(float mine) {
@@ -99,11 +101,12 @@ DEVICE void norm_row(const RowNorm& row) {
     }
 }
 
-// A block per row. `delta`, if any, is added to x first, and the sum is written back. The norm goes to `out`, which
-// may be x, to the planes, or to both; null: not wanted. Strides are in values; rows of planes are `width` apart.
+// A block per row. `delta`, if any, is added to x first, and the sum is written back. The norm goes to `out`,
+// which may be x, to the planes, or to both; null: not wanted. Strides are in values; rows of planes are `width`
+// apart.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
-    rms_norm(float* x, u64 x_stride, const float* delta, u64 delta_stride, const float* weight, float eps, u32 width,
-             float* out, u64 out_stride, u16* natural, u16* nibble, u64 plane_stride, u32 planes) {
+    rms_norm(float* x, u64 x_stride, const float* delta, u64 delta_stride, const float* weight, float eps,
+             u32 width, float* out, u64 out_stride, u16* natural, u16* nibble, u64 plane_stride, u32 planes) {
     // Weights are no kernel's output, and are wanted right after the sum is known.
     for (u32 i = threadIdx.x * UNIT; weight && i < width; i += blockDim.x * UNIT) prefetch(weight + i);
     wait_for_previous();
@@ -127,7 +130,8 @@ EXPORT(rms_norm);
 // Norms heads in place, a warp for each: `heads` of `width` values, `head_stride` apart, in each of the rows.
 // All have the same weights.
 extern "C" __global__ void __launch_bounds__(128)
-    head_norm(float* x, u64 stride, u32 rows, u32 heads, u32 head_stride, u32 width, const float* weight, float eps) {
+    head_norm(float* x, u64 stride, u32 rows, u32 heads, u32 head_stride, u32 width, const float* weight,
+              float eps) {
     wait_for_previous();
     let_next_start();
     u64 index = u64(blockIdx.x) * (blockDim.x / 32) + warp_id();
@@ -146,7 +150,9 @@ extern "C" __global__ void __launch_bounds__(128)
         }
         return v;
     };
-    auto add = [](float sum, Float4 v) { return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum)))); };
+    auto add = [](float sum, Float4 v) {
+        return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
+    };
 
     Float4 kept[KEPT_OF_HEAD];
 #pragma unroll
@@ -154,7 +160,8 @@ extern "C" __global__ void __launch_bounds__(128)
     float squares = 0.0f;
 #pragma unroll
     for (u32 i = 0; i < KEPT_OF_HEAD; i++) squares = add(squares, kept[i]);
-    for (u32 column = first + KEPT_OF_HEAD * 128; column < width; column += 128) squares = add(squares, load(head, column));
+    for (u32 column = first + KEPT_OF_HEAD * 128; column < width; column += 128)
+        squares = add(squares, load(head, column));
     float scale = inverse_root(warp_sum(squares), width, eps);
 
     auto finish = [&](Float4 v, u32 column) {
@@ -170,7 +177,8 @@ extern "C" __global__ void __launch_bounds__(128)
     };
 #pragma unroll
     for (u32 i = 0; i < KEPT_OF_HEAD; i++) finish(kept[i], first + i * 128);
-    for (u32 column = first + KEPT_OF_HEAD * 128; column < width; column += 128) finish(load(head, column), column);
+    for (u32 column = first + KEPT_OF_HEAD * 128; column < width; column += 128)
+        finish(load(head, column), column);
 }
 EXPORT(head_norm);
 

@@ -1,4 +1,4 @@
-// What happens to rows on the way to attention: lookup of embeddings, rotation by position, and storing in the cache.
+// What happens to rows around attention: lookup of embeddings, rotation by position, and storing in the cache.
 //
 // Rotations come from a table that the host makes (cosines and sines, times the attention scale). A cached row has
 // the bytes that the host's cache would have, to the last bit, so that caches can move between the two.
@@ -61,9 +61,9 @@ struct Heads {
 };
 
 // Rotates `dim` values of the heads of two tensors (queries and keys; either may have no heads) by
-// table [positions, dim / 2, 2]: pair (a, b) becomes (a cos - b sin, b cos + a sin). Interleaved pairs are neighbours,
-// others half the rotated values apart. Rows of a position below zero stay. A thread per pair; blocks along x take
-// rows, along y the pairs of a row.
+// table [positions, dim / 2, 2]: pair (a, b) becomes (a cos - b sin, b cos + a sin). Interleaved pairs are
+// neighbours, others half the rotated values apart. Rows of a position below zero stay. A thread per pair; blocks
+// along x take rows, along y the pairs of a row.
 extern "C" __global__ void __launch_bounds__(128)
     rotate(float* queries, u64 query_stride, u32 query_heads, u32 query_head_stride, u32 query_offset, float* keys,
            u64 key_stride, u32 key_heads, u32 key_head_stride, u32 key_offset, const float* table,

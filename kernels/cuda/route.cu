@@ -1,8 +1,8 @@
 // The router: from a token's logits to its experts, in ascending order, and their weights.
 //
-// The rules are those of the host's router: the bias takes part in the choice only, of equal values the lowest index
-// wins, and NaN is below everything. A warp per token: expert e is lane e % 32's, so that logits are read side by
-// side; values are compared as whole numbers in their order, which a warp does in one instruction.
+// The rules are those of the host's router: the bias takes part in the choice only, of equal values the lowest
+// index wins, and NaN is below everything. A warp per token: expert e is lane e % 32's, so that logits are read
+// side by side; values are compared as whole numbers in their order, which a warp does in one instruction.
 #include "lanes.cuh"
 
 constexpr u32 WARPS = 4;
@@ -111,7 +111,8 @@ DEVICE void route_token(const Rule& rule, const float* logits, const float* bias
     u32 lane = lane_id();
     float score[MINE];
 #pragma unroll
-    for (u32 i = 0; i < MINE; i++) score[i] = i * 32 + lane < rule.experts ? logits[i * 32 + lane] : minus_infinity();
+    for (u32 i = 0; i < MINE; i++)
+        score[i] = i * 32 + lane < rule.experts ? logits[i * 32 + lane] : minus_infinity();
     to_scores(rule, score);
 
     u32 order[MINE];
@@ -161,8 +162,8 @@ DEVICE void route_token(const Rule& rule, const float* logits, const float* bias
 
 // logits [tokens, experts] (and a bias of every expert) to ids and weights [tokens, top_k], top_k <= 32.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    route(const float* logits, const float* bias, u32 tokens, u32 experts, u32 top_k, u32 score, u32 groups, u32 keep,
-          u32 group_rule, u32 normalise, float normalise_by, float scale, int* ids, float* weights) {
+    route(const float* logits, const float* bias, u32 tokens, u32 experts, u32 top_k, u32 score, u32 groups,
+          u32 keep, u32 group_rule, u32 normalise, float normalise_by, float scale, int* ids, float* weights) {
     SHARED(float, places, WARPS * PLACES);
     wait_for_previous();
     let_next_start();

@@ -13,8 +13,8 @@ constexpr u32 UNIT = 8;
 // Whether all rows can be read sixteen bytes at a time.
 DEVICE bool rows_aligned(const void* first, u64 stride_bytes) { return ((u64(first) | stride_bytes) & 15) == 0; }
 
-// Values from `column` on, zero past the row's end. `wide`: all of the row's units are whole and aligned. Kernels make
-// two bodies of it, since the narrow one needs many registers.
+// Values from `column` on, zero past the row's end. `wide`: all of the row's units are whole and aligned. Kernels
+// make two bodies of it, since the narrow one needs many registers.
 template <bool wide>
 DEVICE void load_unit(float (&value)[UNIT], const float* row, u32 column, u32 width) {
     if (wide) {
@@ -74,10 +74,10 @@ DEVICE void transpose_words(u32 (&word)[4]) {
     }
 }
 
-// Writes a unit of the row that starts at value `at` of a plane. The planes are what rounding to bf16 leaves of a
-// value each time. All lanes of a warp come here, with units that follow each other; unit u is lane u % 4 of four.
-// Nibble order puts column (word t, nibble j) of 32 at (j % 4) * 8 + 2 t + j / 4: so what one lane has of four words
-// is the pairs (j, j + 4), and after they are exchanged each lane's words are neighbours.
+// Writes a unit of the row that starts at value `at` of a plane. A plane holds what the planes before it left of
+// each value, rounded to bf16. All lanes of a warp come here, with units that follow each other; unit u is lane
+// u % 4 of four. Nibble order puts column (word t, nibble j) of 32 at (j % 4) * 8 + 2 t + j / 4: one lane has the
+// pairs (j, j + 4) of word t, and after an exchange the pairs of one j of all four words, which are neighbours.
 template <bool wide>
 DEVICE void store_planes(const Planes& to, u64 at, u32 column, u32 width, float (&value)[UNIT]) {
     for (u32 plane = 0; plane < to.count; plane++) {
@@ -90,7 +90,8 @@ DEVICE void store_planes(const Planes& to, u64 at, u32 column, u32 width, float 
         }
         u64 first = plane * to.stride + at + column;
         if (to.natural && wide) {
-            if (column < width) *reinterpret_cast<Bytes16*>(to.natural + first) = {word[0], word[1], word[2], word[3]};
+            auto* out = reinterpret_cast<Bytes16*>(to.natural + first);
+            if (column < width) *out = {word[0], word[1], word[2], word[3]};
         } else if (to.natural) {
 #pragma unroll
             for (u32 i = 0; i < UNIT; i++)
@@ -100,7 +101,8 @@ DEVICE void store_planes(const Planes& to, u64 at, u32 column, u32 width, float 
             u32 pair[4] = {permute(word[0], word[2], 0x5410), permute(word[0], word[2], 0x7632),
                            permute(word[1], word[3], 0x5410), permute(word[1], word[3], 0x7632)};
             transpose_words(pair);
-            if (column < width) *reinterpret_cast<Bytes16*>(to.nibble + first) = {pair[0], pair[1], pair[2], pair[3]};
+            auto* out = reinterpret_cast<Bytes16*>(to.nibble + first);
+            if (column < width) *out = {pair[0], pair[1], pair[2], pair[3]};
         }
     }
 }
