@@ -26,6 +26,7 @@ mod image;
 mod launch;
 mod profile;
 pub mod sample;
+mod source;
 
 pub use buffer::{Buffer, Plain, Slice};
 pub use device::{Availability, Device, DeviceInfo, DeviceSummary, MemoryInfo};

@@ -9,6 +9,7 @@ use cudarc::driver::sys;
 use super::context::{Context, lock};
 use super::device::DeviceInfo;
 use super::error::{Cause, DeviceError, code};
+use super::source;
 
 const LOAD: &str = "load the file";
 /// Bytes for what the driver's compiler has to say.
@@ -121,6 +122,10 @@ fn load_file(context: &Context, name: &str) -> Result<sys::CUmodule, DeviceError
     let file = FILES.iter().find(|file| file.name == name);
     let file =
         file.ok_or_else(|| DeviceError::refused(LOAD, format!("no kernels/cuda/{name}.cu is embedded")))?;
+    if let Some(path) = source::replacement(name) {
+        let text = source::compile(&path, context.info.compute_capability)?;
+        return load_image(context, text.as_bytes(), Some(&text));
+    }
     if let Some(machine_code) = file.machine_code {
         let loaded = load_image(context, machine_code, None);
         if !loaded.as_ref().is_err_and(|error| error.code() == Some(code::NO_BINARY_FOR_GPU)) {
