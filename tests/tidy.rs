@@ -10,6 +10,8 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "kernels/src/rows.rs",
     "kernels/src/team.rs",
     "kernels/tests/allocations.rs",
+    "kernels/tests/cuda/",
+    "kernels/tests/mock/",
     "kernels/tests/cuda/driver.rs",
     "kernels/tests/cuda_faults.rs",
     "kernels/tests/mock/",

@@ -1,5 +1,4 @@
-// Kernels of the GPU check: a copy, whose speed is the ceiling of what streams weights, and a fill from a seed,
-// so that weights of full size need not travel to the device.
+// Two plain kernels for the tests of the device layer: what they do is known without running them.
 #include "primitives.cuh"
 
 // destination[i] = source[i], `count` times sixteen bytes.
