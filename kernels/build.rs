@@ -16,8 +16,9 @@ const GENERAL: &str = "80";
 fn main() {
     let folder = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").unwrap()).join("cuda");
     println!("cargo::rerun-if-env-changed={STALE}");
-    // A changed folder is one to which a file was added.
-    for watched in [folder.clone(), folder.join("ptx"), folder.join("build")] {
+    // The sources are named below, one by one: the emulator lies beside them. A new one comes with a new module.
+    let module = folder.with_file_name("src").join("cuda.rs");
+    for watched in [module, folder.join("ptx"), folder.join("build")] {
         if watched.exists() {
             println!("cargo::rerun-if-changed={}", watched.display());
         }
