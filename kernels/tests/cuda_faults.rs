@@ -4,8 +4,8 @@
 #[path = "mock/mod.rs"]
 mod mock;
 
-use kernels::cuda::{Buffer, Device, DeviceError, Kernel};
-use mock::{Fault, How, Kind};
+use kernels::cuda::{Availability, Buffer, Device, DeviceError, Kernel};
+use mock::{Fault, Gpu, How, Kind};
 
 // Of CUresult.
 const OUT_OF_MEMORY: u32 = 2;
@@ -112,4 +112,39 @@ fn work_that_runs_late_gives_the_same() {
     let expected = program(&session).unwrap();
     mock.set_lazy(true);
     assert_eq!(program(&session).unwrap(), expected);
+}
+
+#[test]
+fn machines_that_cannot_are_told_why() {
+    let Some(mock) = mock::control() else { return };
+    mock.set_device_count(0);
+    assert!(matches!(Device::probe(), Availability::NoDevice(_)), "{}", Device::probe());
+    assert!(Device::open(0).is_err());
+
+    mock.reset();
+    mock.set_gpu(Gpu { capability: (7, 5), multiprocessors: 40 });
+    assert!(Device::open(0).unwrap_err().to_string().contains("compute capability 7.5"));
+
+    mock.reset();
+    mock.set_driver_version((11, 4));
+    let device = Device::open(0).unwrap();
+    let error = device.load(FILL).unwrap_err().to_string();
+    assert!(error.contains("driver 5") && error.contains("11.4"), "{error}");
+}
+
+#[test]
+fn kernels_run_on_every_generation() {
+    for gpu in [Gpu::A100, Gpu::RTX_4090, Gpu::H100, Gpu::B200, Gpu::RTX_5090] {
+        mock::on_device_like(gpu, |device| {
+            assert!(mock::on_real_device() || device.info().compute_capability == gpu.capability);
+            program(device).unwrap();
+        });
+    }
+}
+
+#[test]
+fn the_same_under_the_address_sanitizer() {
+    for test in ["allocations", "launches", "the_device", "work"] {
+        mock::rerun_sanitized(test);
+    }
 }

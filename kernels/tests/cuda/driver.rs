@@ -311,6 +311,22 @@ fn everything_holds_under_the_address_sanitizer() {
 
 /// Only as a child: see below.
 #[test]
+fn a_page_of_nobody() {
+    if !mock::is_child() {
+        return;
+    }
+    let Some((_mock, bench)) = open() else { return };
+    let slice = uninitialised::<u8>(&bench, 100).unwrap();
+    bench.poke(&slice, 1 << 46).unwrap();
+}
+
+#[test]
+fn wild_writes_name_the_kernel() {
+    mock::assert_ends("FAULT_NONE", "driver::a_page_of_nobody", "selftest_poke: read or write at an address");
+}
+
+/// Only as a child: see below.
+#[test]
 fn one_byte_too_far() {
     if !mock::is_child() {
         return;

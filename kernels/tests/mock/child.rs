@@ -77,6 +77,16 @@ pub fn assert_caught(define: &str, test: &str) {
     println!("{test} sees {define}");
 }
 
+/// Runs the test with a macro defined, and panics unless it fails with `words` in what it prints.
+#[allow(dead_code, reason = "not every test crate uses it")]
+pub fn assert_ends(define: &str, test: &str, words: &str) {
+    if !can_rerun() {
+        return;
+    }
+    let outcome = run(test, true, &[(DEFINE, define.into())]);
+    assert!(!outcome.success && outcome.output.contains(words), "{test} with {define}:\n{}", outcome.output);
+}
+
 /// As [`assert_caught`], by the address sanitizer.
 #[allow(dead_code, reason = "not every test crate uses it")]
 pub fn assert_caught_sanitized(define: &str, test: &str) {

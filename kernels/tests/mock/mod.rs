@@ -21,7 +21,7 @@ use kernels::cuda::Device;
 
 #[allow(unused_imports, reason = "not every test crate uses all")]
 pub use self::{
-    child::{assert_caught, assert_caught_sanitized, is_child, rerun_sanitized},
+    child::{assert_caught, assert_caught_sanitized, assert_ends, is_child, rerun_sanitized},
     control::{Control, Gpu, How, Kind, Order},
     faults::{Fault, for_every_call},
 };
