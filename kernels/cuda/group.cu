@@ -5,6 +5,7 @@
 // numbers decides: warps take consecutive parts, count them, and then know where each of their pairs goes. Atomic
 // additions only count. Up to 8192 pairs are one block's work; more are cut into chunks, a block for each, with a
 // scan in between.
+// architectures: 90
 #include "lanes.cuh"
 
 constexpr u32 THREADS = 512;
@@ -26,18 +27,17 @@ struct RingEntry {
     u64 ended;
 };
 
-// In the device's memory, since reading the host's takes microseconds. Without entries nothing is recorded.
+// In the device's memory, since reading the host's takes microseconds. Where the capacity is 0, nothing is
+// recorded.
 struct Ring {
-    u64 written;
-    RingEntry* entries;
-    u64 capacity;
+    u64 written, capacity;
 };
 
 // Thread e has the count of expert e. All threads of the block come here.
-DEVICE void record(Ring* ring, u32 layer, u32 tokens, u32 experts, u32 count) {
+DEVICE void record(Ring* ring, RingEntry* entries, u32 layer, u32 tokens, u32 experts, u32 count) {
     if (!ring || !ring->capacity) return;
     u64 number = ring->written + 1;
-    volatile RingEntry* entry = ring->entries + number % ring->capacity;
+    volatile RingEntry* entry = entries + number % ring->capacity;
     if (threadIdx.x == 0) entry->begun = number;
     __threadfence_system();
     __syncthreads();
@@ -181,7 +181,8 @@ DEVICE void write_units(const Units& units, u32 which, const Counts* starts, u32
     if (blockIdx.x == 0 && threadIdx.x == 0) unit_counts[which] = total;
 }
 
-// Thread e writes where expert e starts, the last thread also the end of all. (Experts past the last have no pairs.)
+// Thread e writes where expert e starts, the last thread also the end of all. Threads past the last
+// expert have no pairs.
 DEVICE void write_starts(const Counts& before, Counts mine, Counts* starts) {
     starts[threadIdx.x] = before;
     Counts after{before.pairs + mine.pairs, {before.units[0] + mine.units[0], before.units[1] + mine.units[1]}};
@@ -195,7 +196,8 @@ DEVICE void write_starts(const Counts& before, Counts mine, Counts* starts) {
 // many in unit_counts[2].
 extern "C" __global__ void __launch_bounds__(THREADS)
     group(const int* ids, const u32* tokens, u32 rows, u32 top_k, u32 experts, int* order, int* offsets, u32 size,
-          Bytes16* list, u32 other_size, Bytes16* other_list, u32* unit_counts, Ring* ring, u32 layer) {
+          Bytes16* list, u32 other_size, Bytes16* other_list, u32* unit_counts, Ring* ring,
+          RingEntry* entries, u32 layer) {
     SHARED(u32, counts, WARPS * MOST_EXPERTS);
     SHARED(Counts, starts, MOST_EXPERTS + 1);
     SHARED(Counts, warps, WARPS);
@@ -226,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         offsets[expert] = int(starts[min(expert, experts)].pairs);
     write_units(units, 0, starts, experts, unit_counts);
     write_units(other_units, 1, starts, experts, unit_counts);
-    record(ring, layer, pairs / top_k, experts, count);
+    record(ring, entries, layer, pairs / top_k, experts, count);
 }
 EXPORT(group);
 
@@ -249,7 +251,7 @@ EXPORT(group_count);
 // One block. Turns the counts into where each chunk's pairs of an expert go.
 extern "C" __global__ void __launch_bounds__(THREADS)
     group_scan(const u32* tokens, u32 rows, u32 top_k, u32 experts, u32* chunk_counts, u32 chunks, int* offsets,
-               Ring* ring, u32 layer) {
+               Ring* ring, RingEntry* entries, u32 layer) {
     SHARED(Counts, warps, WARPS);
     wait_for_previous();
     let_next_start();
@@ -278,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     if (exists) offsets[expert] = int(start);
     if (expert == experts - 1) offsets[experts] = int(next);
-    record(ring, layer, pair_count(tokens, rows, top_k) / top_k, experts, count);
+    record(ring, entries, layer, pair_count(tokens, rows, top_k) / top_k, experts, count);
 }
 EXPORT(group_scan);
 

@@ -3,8 +3,10 @@
 //! Nothing here is fast, shares code with what it checks, or minds allocating.
 
 mod attention;
+mod routing;
 
 pub use attention::{cached_row, gqa, mla};
+pub use routing::{finalize, group, planes, units};
 
 use crate::experts::{Activation, ExpertFfn, GateUp, Routed};
 use crate::format::{FP8_BLOCK, GROUP, Matrix, Values};

@@ -6,7 +6,10 @@
 //! sums are exact and no order of threads changes a choice, and the draw goes through the ids in ascending
 //! order. A token less likely than 2^-40 of the most likely one is never drawn.
 
-use super::{Buffer, Device, DeviceError, Kernel, Plain};
+use super::buffer::{Plain, Slice};
+use super::device::Device;
+use super::error::DeviceError;
+use super::image::Kernel;
 
 const SAMPLE: Kernel = Kernel::new("sample", "sample");
 const ADJUST: Kernel = Kernel::new("sample", "adjust_logits");
@@ -72,15 +75,15 @@ unsafe impl Plain for Sampling {}
 /// Adjusts logits in place.
 pub struct Adjust<'a> {
     /// `[rows, vocab]`.
-    pub logits: &'a Buffer<f32>,
+    pub logits: Slice<'a, f32>,
     /// Width of a row.
     pub vocab: usize,
     /// Every row and token named lies inside.
     pub adjustments: &'a [Adjustment],
     /// The same, on the device.
-    pub on_device: &'a Buffer<Adjustment>,
+    pub on_device: Slice<'a, Adjustment>,
     /// `[rows]`.
-    pub penalties: &'a Buffer<Penalties>,
+    pub penalties: Slice<'a, Penalties>,
 }
 
 impl Adjust<'_> {
@@ -110,20 +113,20 @@ impl Adjust<'_> {
 /// Chooses a token per row.
 pub struct Sample<'a> {
     /// `[rows, vocab]`; NaN counts as -inf, and of +inf the lowest id wins.
-    pub logits: &'a Buffer<f32>,
+    pub logits: Slice<'a, f32>,
     /// Rows that are looked at: the first ones.
     pub rows: usize,
     /// Width of a row.
     pub vocab: usize,
     /// `[rows, ceil(vocab / 32)]`, bit i of word w for token 32 w + i: 1 = may be chosen. Where nothing above -inf
     /// may be, the lowest id that may be chosen is.
-    pub mask: Option<&'a Buffer<u32>>,
+    pub mask: Option<Slice<'a, u32>>,
     /// `[rows]`.
-    pub sampling: &'a Buffer<Sampling>,
+    pub sampling: Slice<'a, Sampling>,
     /// `[rows]`, written.
-    pub tokens: &'a Buffer<u32>,
+    pub tokens: Slice<'a, u32>,
     /// `[rows]`, written: logit - ln(sum of exp(logits)) of the chosen token, without mask and temperature.
-    pub log_probabilities: Option<&'a Buffer<f32>>,
+    pub log_probabilities: Option<Slice<'a, f32>>,
 }
 
 impl Sample<'_> {

@@ -1,7 +1,6 @@
 //! Choices on the device against the same rules written plainly, with a sort and f64.
 
-use kernels::cuda::sample::{Adjust, Adjustment, Penalties, Sample, Sampling};
-use kernels::cuda::{Device, DeviceError};
+use kernels::cuda::{Adjust, Adjustment, Device, DeviceError, Penalties, Sample, Sampling};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
@@ -84,13 +83,13 @@ fn choose(device: &Device, rows: &[Row], masked: bool) -> Result<(Vec<u32>, Vec<
     let sampling = device.upload(&rows.iter().map(|row| row.sampling).collect::<Vec<_>>())?;
     let (tokens, log_probabilities) = (device.alloc(rows.len())?, device.alloc(rows.len())?);
     let sample = Sample {
-        logits: &logits,
+        logits: logits.all(),
         rows: rows.len(),
         vocab,
-        mask: masked.then_some(&mask),
-        sampling: &sampling,
-        tokens: &tokens,
-        log_probabilities: Some(&log_probabilities),
+        mask: masked.then_some(mask.all()),
+        sampling: sampling.all(),
+        tokens: tokens.all(),
+        log_probabilities: Some(log_probabilities.all()),
     };
     sample.launch(device)?;
     Ok((tokens.read()?, log_probabilities.read()?))
@@ -183,12 +182,14 @@ fn adjustments_are_those_of_the_engine() {
         Penalties { repetition: 2.0, frequency: 0.5, presence: 0.25 },
         Penalties { repetition: 9.0, frequency: 9.0, presence: 9.0 },
     ];
+    let on_device = device.upload(&adjustments).unwrap();
+    let penalties = device.upload(&penalties).unwrap();
     let adjust = Adjust {
-        logits: &logits,
+        logits: logits.all(),
         vocab: 4,
         adjustments: &adjustments,
-        on_device: &device.upload(&adjustments).unwrap(),
-        penalties: &device.upload(&penalties).unwrap(),
+        on_device: on_device.all(),
+        penalties: penalties.all(),
     };
     adjust.launch(&device).unwrap();
     let want = [0.5, -1.0 * 2.0 - 0.5 * 2.0 - 0.25, 3.0, 0.5, 1.0, -2.0, -97.0, 0.5];
