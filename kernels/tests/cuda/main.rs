@@ -3,6 +3,7 @@
 
 mod device;
 mod driver;
+mod gather;
 #[path = "../mock/mod.rs"]
 mod mock;
 mod sample;
