@@ -2,6 +2,7 @@
 //
 // x[t] = x[t] + shared[t] + weight[t, 0] * out[t, 0] + weight[t, 1] * out[t, 1] ..: one chain of f32, ranks
 // ascending, whatever the order in which experts were computed.
+//
 // architectures: 90
 #include "rows.cuh"
 

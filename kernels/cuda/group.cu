@@ -5,6 +5,7 @@
 // numbers decides: warps take consecutive parts, count them, and then know where each of their pairs goes. Atomic
 // additions only count. Up to 8192 pairs are one block's work; more are cut into chunks, a block for each, with a
 // scan in between.
+//
 // architectures: 90
 #include "lanes.cuh"
 

@@ -3,6 +3,7 @@
 // y = x * (1 / sqrt(mean(x^2) + eps)) * weight in f32. The order in which squares are summed depends on the row's
 // width only, so a row gives the same bits wherever it stands. Everything here is bound by memory: a row is read
 // once, sixteen bytes at a time, and kept in registers between the sum and the products.
+//
 // architectures: 90
 #include "rows.cuh"
 

@@ -25,8 +25,8 @@ struct __attribute__((aligned(8))) Bytes8 {
 #define EXPORT(name)
 #else
 #include "emulator/emulator.h"
-// Static, because the kernels of all files become one library and helpers of two files may share a name.
-#define DEVICE static inline
+// Inlined always: the kernels of all files become one library, where helpers of two files may share a name.
+#define DEVICE inline __attribute__((always_inline))
 #define SHARED(type, name, count)       \
     static const char name##_key_ = 0; \
     type* name = static_cast<type*>(emulator::shared(&name##_key_, sizeof(type) * (count)))

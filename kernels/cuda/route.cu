@@ -3,6 +3,7 @@
 // The rules are those of the host's router: the bias takes part in the choice only, of equal values the lowest
 // index wins, and NaN is below everything. A warp per token: expert e is lane e % 32's, so that logits are read
 // side by side; values are compared as whole numbers in their order, which a warp does in one instruction.
+//
 // architectures: 90
 #include "lanes.cuh"
 

@@ -45,15 +45,11 @@ pub struct News {
 }
 
 /// The ring, and how far it has been read.
-///
-/// The device numbers an entry before and after it writes the rest: an entry that has its number at both ends,
-/// looked at in the opposite order, is whole.
 pub struct ExpertRing {
     entries: HostBuffer<u64>,
     /// In the device's memory: how many entries were written, and the capacity, 0 while the ring is off.
     control: Buffer<u64>,
-    capacity: u64,
-    next: u64,
+    reader: Reader,
 }
 
 impl ExpertRing {
@@ -66,12 +62,23 @@ impl ExpertRing {
         let entries = device.host(capacity * WORDS)?;
         let capacity = capacity as u64;
         let control = device.upload(&[0, capacity])?;
-        Ok(Self { entries, control, capacity, next: 1 })
+        Ok(Self { entries, control, reader: Reader { capacity, next: 1 } })
     }
 
-    /// Turns recording on or off, also of graphs that were captured before.
+    /// Turns recording on or off, also for graphs that were captured before.
     pub fn set_on(&self, on: bool) -> Result<(), DeviceError> {
-        self.control.slice(1..).write(&[if on { self.capacity } else { 0 }])
+        self.control.slice(1..).write(&[if on { self.reader.capacity } else { 0 }])
+    }
+
+    /// What was recorded since the last call, as far as the ring still holds it. Does not wait for the device.
+    pub fn read_new(&mut self) -> News {
+        let entries = &self.entries;
+        self.reader.read_new(&|word| {
+            let word = entries.get(word);
+            // Words that are read later are no older.
+            fence(Ordering::Acquire);
+            word
+        })
     }
 
     pub(super) fn control(&self) -> &Buffer<u64> {
@@ -81,52 +88,118 @@ impl ExpertRing {
     pub(super) fn entries(&self) -> &HostBuffer<u64> {
         &self.entries
     }
+}
 
-    /// What was recorded since the last call, as far as the ring still holds it. Does not wait for the device.
-    pub fn read_new(&mut self) -> News {
+/// Reads words that somebody else writes.
+///
+/// An entry is numbered before and after the rest of it is written: one that has its number at both ends, looked
+/// at in the opposite order, is whole.
+struct Reader {
+    capacity: u64,
+    /// The number of the entry that is read next; the first is 1.
+    next: u64,
+}
+
+impl Reader {
+    fn read_new(&mut self, word: &dyn Fn(usize) -> u64) -> News {
         let mut news = News::default();
-        // A device that writes faster than this reads does not keep it here for ever.
+        // A writer that is faster than this does not keep it here for ever.
         while news.groupings.len() < self.capacity as usize {
-            let ended = self.word(self.next, ENDED);
+            let place = |part| (self.next % self.capacity) as usize * WORDS + part;
+            let ended = word(place(ENDED));
             if ended < self.next {
                 break;
             }
             if ended > self.next {
-                // The entry there now is the newest that is known of, or older: the ring holds this many before it.
+                // The newest that is known of. The ring holds it and those before it, as many as there are places.
                 let oldest = ended - self.capacity + 1;
                 news.lost += oldest - self.next;
                 self.next = oldest;
                 continue;
             }
-            match self.entry(self.next) {
-                Some(entry) => news.groupings.push(entry),
-                None => news.lost += 1,
+            let entry = entry(self.next, &|part| word(place(part)));
+            if word(place(BEGUN)) == self.next {
+                news.groupings.push(entry);
+            } else {
+                news.lost += 1;
             }
             self.next += 1;
         }
         news
     }
+}
 
-    fn word(&self, number: u64, word: usize) -> u64 {
-        let word = self.entries.get((number % self.capacity) as usize * WORDS + word);
-        // Words that are read later are no older.
-        fence(Ordering::Acquire);
-        word
+fn entry(number: u64, word: &dyn Fn(usize) -> u64) -> Grouped {
+    let layer_and_tokens = word(LAYER_AND_TOKENS);
+    let experts = (word(EXPERTS) as u32 as usize).min(MOST_EXPERTS);
+    let counts = (0..experts.div_ceil(4)).map(|i| word(COUNTS + i));
+    let counts = counts.flat_map(|word| (0..4).map(move |i| (word >> (16 * i)) as u16));
+    Grouped {
+        number,
+        nanoseconds: word(NANOSECONDS),
+        layer: layer_and_tokens as u32,
+        tokens: (layer_and_tokens >> 32) as u32,
+        counts: counts.take(experts).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes entry `number` of two experts in a ring of three.
+    fn write(words: &mut [u64], number: u64) {
+        let entry = &mut words[(number % 3) as usize * WORDS..][..WORDS];
+        entry[BEGUN] = number;
+        entry[NANOSECONDS] = 1000 + number;
+        entry[LAYER_AND_TOKENS] = 7 | number << 32;
+        entry[EXPERTS] = 2;
+        entry[COUNTS] = number | 5 << 16;
+        entry[ENDED] = number;
     }
 
-    /// The entry, whose writing has ended, unless it is being overwritten.
-    fn entry(&self, number: u64) -> Option<Grouped> {
-        let both = self.word(number, LAYER_AND_TOKENS);
-        let experts = (self.word(number, EXPERTS) as u32 as usize).min(MOST_EXPERTS);
-        let words = (0..experts.div_ceil(4)).map(|i| self.word(number, COUNTS + i));
-        let counts = words.flat_map(|word| (0..4).map(move |i| (word >> (16 * i)) as u16));
-        let entry = Grouped {
-            number,
-            nanoseconds: self.word(number, NANOSECONDS),
-            layer: both as u32,
-            tokens: (both >> 32) as u32,
-            counts: counts.take(experts).collect(),
-        };
-        (self.word(number, BEGUN) == number).then_some(entry)
+    fn whole(number: u64) -> Grouped {
+        let counts = vec![number as u16, 5];
+        Grouped { number, nanoseconds: 1000 + number, layer: 7, tokens: number as u32, counts }
+    }
+
+    fn read(reader: &mut Reader, words: &[u64]) -> (Vec<u64>, u64) {
+        let news = reader.read_new(&|word| words[word]);
+        for grouping in &news.groupings {
+            assert_eq!(*grouping, whole(grouping.number));
+        }
+        (news.groupings.iter().map(|grouping| grouping.number).collect(), news.lost)
+    }
+
+    #[test]
+    fn what_was_overwritten_is_counted() {
+        let mut words = vec![0; 3 * WORDS];
+        let mut reader = Reader { capacity: 3, next: 1 };
+        assert_eq!(read(&mut reader, &words), (vec![], 0));
+        (1..=2).for_each(|number| write(&mut words, number));
+        assert_eq!(read(&mut reader, &words), (vec![1, 2], 0));
+        assert_eq!(read(&mut reader, &words), (vec![], 0));
+        (3..=5).for_each(|number| write(&mut words, number));
+        assert_eq!(read(&mut reader, &words), (vec![3, 4, 5], 0));
+        // 6 and 7 are gone. What was at 6's place when it was looked at is 9.
+        (6..=10).for_each(|number| write(&mut words, number));
+        assert_eq!(read(&mut reader, &words), (vec![8, 9, 10], 2));
+        (11..=100).for_each(|number| write(&mut words, number));
+        assert_eq!(read(&mut reader, &words), (vec![98, 99, 100], 87));
+    }
+
+    #[test]
+    fn what_is_being_written_is_left_out() {
+        let mut words = vec![0; 3 * WORDS];
+        let mut reader = Reader { capacity: 3, next: 1 };
+        (1..=3).for_each(|number| write(&mut words, number));
+        // 4 has begun to take the place of 1, or 1 was read while that began.
+        words[WORDS + BEGUN] = 4;
+        words[WORDS + COUNTS] = 77;
+        assert_eq!(read(&mut reader, &words), (vec![2, 3], 1));
+        // 4 has not ended: nothing of it is read yet.
+        assert_eq!(read(&mut reader, &words), (vec![], 0));
+        write(&mut words, 4);
+        assert_eq!(read(&mut reader, &words), (vec![4], 0));
     }
 }

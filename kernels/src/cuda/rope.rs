@@ -8,7 +8,7 @@ use super::device::Device;
 use super::error::DeviceError;
 use super::image::Kernel;
 use super::rows::{Strided, count};
-use crate::attention::{CacheType, RowShape};
+use crate::attention::{CacheType, FP8_TILE, RowShape};
 use crate::rope::{Rotation, fill_cos_sin};
 
 const EMBED_BF16: Kernel = Kernel::new("rope", "embed_bf16");
@@ -21,8 +21,6 @@ const CACHE_FP8: Kernel = Kernel::new("rope", "cache_fp8");
 const THREADS: u32 = 128;
 /// Values that a thread handles.
 const UNIT: usize = 8;
-/// FP8 codes of a scale, which are a warp's work.
-const TILE: usize = 128;
 
 /// `[vocabulary, hidden]`.
 #[derive(Clone, Copy)]
@@ -197,9 +195,10 @@ impl WriteRows<'_> {
         let (kernel, parts) = match self.kind {
             CacheType::F32 => (CACHE_F32, values.div_ceil(THREADS as usize * UNIT)),
             CacheType::Bf16 => (CACHE_BF16, values.div_ceil(THREADS as usize * UNIT)),
+            // A warp per tile.
             CacheType::Fp8 => {
-                let tiles = self.shape.heads * self.shape.width.div_ceil(TILE);
-                (CACHE_FP8, (tiles + self.shape.plain.div_ceil(TILE)).div_ceil(THREADS as usize / 32))
+                let tiles = self.shape.heads * self.shape.width.div_ceil(FP8_TILE);
+                (CACHE_FP8, (tiles + self.shape.plain.div_ceil(FP8_TILE)).div_ceil(THREADS as usize / 32))
             }
         };
         let launch = device.launch(kernel, (count(rows), count(parts), tensors), THREADS, 0).early();

@@ -1,9 +1,17 @@
 //! The CUDA kernels and the layer that launches them, on the mock driver or, with `MOEBIUS_CUDA=device`, on the
 //! machine's own device.
 
+#[path = "../common/mod.rs"]
+#[path = "../mock/mod.rs"]
+mod common;
 mod device;
 mod driver;
+mod finalize;
 mod gather;
-#[path = "../mock/mod.rs"]
+mod group;
 mod mock;
+mod norm;
+mod ring;
+mod rope;
+mod route;
 mod sample;
