@@ -226,7 +226,7 @@ fn splits_add_up() {
             let rows = 3;
             let mut x = random.values(rows * width);
             x[0] = 0.0;
-            x[1] = 1e-36;
+            x[1] = 1e-30;
             x[2] = -2.5e30;
             let values = device.upload(&spread(&x, width, stride, offset)).unwrap();
             for count in [1, 3] {
