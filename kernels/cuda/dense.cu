@@ -1,0 +1,124 @@
+// Dense products: planes of bf16 times a weight as it was published, plus a bias, to f32; and the gate and up
+// products of a feed-forward with its activation, to planes. For few tokens each block streams its rows of the
+// weight with as many copies under way as shared memory holds, and k is spread over blocks; for many tokens blocks
+// are wide and take all of k. What is the same in both is in dense.cuh: the order of every sum.
+#include "dense.cuh"
+
+// out[token, head, row] = sum over k of weight and x, + bias, + what is there if `add`.
+template <class Block>
+DEVICE void dense_product(const DenseCall& call, const float* bias, float* out, u32 out_token, u32 out_head,
+                          u32 add) {
+    DYNAMIC_SHARED(stages);
+    SHARED(u32, flag, 1);
+    Block block(call, stages);
+    typename Block::Sums sums;
+    if (!block.run(sums, flag)) return;
+    block.for_each(sums, [&](u32 row, u32 token, float sum, float) {
+        float* to = out + u64(token) * out_token + block.head * out_head + row;
+        if (bias) sum += bias[row];
+        *to = add ? *to + sum : sum;
+    });
+}
+
+// What is done with gate and up, by number; any other is the clamped SwiGLU of gpt-oss.
+constexpr u32 SILU_GLU = 0;
+
+DEVICE float activate(u32 activation, float limit, float alpha, float gate, float up) {
+    if (activation == SILU_GLU) return gate / (1 + expf(-gate)) * up;
+    // As fminf, but NaN stays.
+    gate = gate > limit ? limit : gate;
+    up = up > limit ? limit : up < -limit ? -limit : up;
+    return gate / (1 + expf(-alpha * gate)) * (up + 1);
+}
+
+// out[plane, token, row] = planes of the activation of gate and up.
+template <class Block>
+DEVICE void dense_pair(const DenseCall& call, const float* bias, u16* out, u64 out_plane, u32 out_token,
+                       u32 activation, float limit, float alpha) {
+    DYNAMIC_SHARED(stages);
+    SHARED(u32, flag, 1);
+    Block block(call, stages);
+    typename Block::Sums sums;
+    if (!block.run(sums, flag)) return;
+    block.for_each(sums, [&](u32 row, u32 token, float gate, float up) {
+        if (bias) {
+            gate += bias[2 * row];
+            up += bias[2 * row + 1];
+        }
+        float rest = activate(activation, limit, alpha, gate, up);
+        u16* to = out + u64(token) * out_token + row;
+        for (int plane = 0; plane < Block::PLANES; plane++) {
+            u16 rounded = f32_to_bf16(rest);
+            to[plane * out_plane] = rounded;
+            rest -= bf16_to_f32(rounded);
+        }
+    });
+}
+
+template <Weight weight, Layout layout, int tokens, int planes>
+using Narrow = DenseBlock<weight, layout, 4, 1, 1, tokens / 8, weight == Weight::Fp8 ? 128 : 64, planes>;
+// Decoding codes takes most of the instructions: for many tokens at once.
+template <Weight weight, Layout layout, int planes>
+using Wide = DenseBlock<weight, layout, weight == Weight::Fp8 ? 8 : 4, weight == Weight::Fp8 ? 1 : 2,
+                        weight == Weight::Fp8 ? 1 : 2, weight == Weight::Fp8 || planes == 1 ? 8 : 4, 64, planes>;
+
+#define PRODUCT(name, ...)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS) name(                                  \
+        const u16* x, u64 x_plane, u32 x_token, u32 x_head, const u8* weights, const float* scales,           \
+        u32 width, u32 first_row, u32 head_rows, u32 rows, u32 columns, u32 tokens, u32 piece,                \
+        Floats4* workspace, u32* counters, const float* bias, float* out, u32 out_token, u32 out_head,        \
+        u32 add) {                                                                                            \
+        DenseCall call{x,     x_plane,   x_token,   x_head, weights, nullptr, scales, nullptr,   width,       \
+                       first_row, head_rows, rows,  columns, tokens, piece,   workspace, counters};           \
+        dense_product<__VA_ARGS__>(call, bias, out, out_token, out_head, add);                                \
+    }                                                                                                         \
+    EXPORT(name)
+
+#define PAIR(name, ...)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS) name(                                  \
+        const u16* x, u64 x_plane, u32 x_token, const u8* gate, const u8* up, const float* gate_scales,       \
+        const float* up_scales, u32 width, u32 first_row, u32 rows, u32 columns, u32 tokens, u32 piece,       \
+        Floats4* workspace, u32* counters, const float* bias, u16* out, u64 out_plane, u32 out_token,         \
+        u32 activation, float limit, float alpha) {                                                           \
+        DenseCall call{x,         x_plane, x_token, 0,       gate,   up,    gate_scales, up_scales, width,    \
+                       first_row, 0,       rows,    columns, tokens, piece, workspace,   counters};           \
+        dense_pair<__VA_ARGS__>(call, bias, out, out_plane, out_token, activation, limit, alpha);             \
+    }                                                                                                         \
+    EXPORT(name)
+
+constexpr Weight BF16 = Weight::Bf16, FP8 = Weight::Fp8;
+constexpr Layout ROWS = Layout::Rows, TRANSPOSED = Layout::Transposed, GATE_UP = Layout::Pair;
+
+// By the number of tokens that a block has at most, and of planes.
+PRODUCT(dense_bf16_t8_p1, Narrow<BF16, ROWS, 8, 1>);
+PRODUCT(dense_bf16_t16_p1, Narrow<BF16, ROWS, 16, 1>);
+PRODUCT(dense_bf16_t32_p1, Narrow<BF16, ROWS, 32, 1>);
+PRODUCT(dense_bf16_t64_p1, Narrow<BF16, ROWS, 64, 1>);
+PRODUCT(dense_bf16_t32_p3, Narrow<BF16, ROWS, 32, 3>);
+PRODUCT(dense_bf16_wide_p1, Wide<BF16, ROWS, 1>);
+PRODUCT(dense_bf16_wide_p3, Wide<BF16, ROWS, 3>);
+PRODUCT(dense_fp8_t8_p1, Narrow<FP8, ROWS, 8, 1>);
+PRODUCT(dense_fp8_t16_p1, Narrow<FP8, ROWS, 16, 1>);
+PRODUCT(dense_fp8_t32_p1, Narrow<FP8, ROWS, 32, 1>);
+PRODUCT(dense_fp8_t64_p1, Narrow<FP8, ROWS, 64, 1>);
+PRODUCT(dense_fp8_t32_p3, Narrow<FP8, ROWS, 32, 3>);
+PRODUCT(dense_fp8_wide_p1, Wide<FP8, ROWS, 1>);
+PRODUCT(dense_fp8_wide_p3, Wide<FP8, ROWS, 3>);
+
+PRODUCT(dense_transposed_bf16_t16_p1, Narrow<BF16, TRANSPOSED, 16, 1>);
+PRODUCT(dense_transposed_bf16_wide_p1, Wide<BF16, TRANSPOSED, 1>);
+PRODUCT(dense_transposed_bf16_wide_p3, Wide<BF16, TRANSPOSED, 3>);
+PRODUCT(dense_transposed_fp8_t16_p1, Narrow<FP8, TRANSPOSED, 16, 1>);
+PRODUCT(dense_transposed_fp8_wide_p1, Wide<FP8, TRANSPOSED, 1>);
+PRODUCT(dense_transposed_fp8_wide_p3, Wide<FP8, TRANSPOSED, 3>);
+
+PAIR(dense_pair_bf16_t16_p1, Narrow<BF16, GATE_UP, 16, 1>);
+PAIR(dense_pair_bf16_t64_p1, Narrow<BF16, GATE_UP, 64, 1>);
+PAIR(dense_pair_bf16_t32_p3, Narrow<BF16, GATE_UP, 32, 3>);
+PAIR(dense_pair_bf16_wide_p1, Wide<BF16, GATE_UP, 1>);
+PAIR(dense_pair_bf16_wide_p3, Wide<BF16, GATE_UP, 3>);
+PAIR(dense_pair_fp8_t16_p1, Narrow<FP8, GATE_UP, 16, 1>);
+PAIR(dense_pair_fp8_t64_p1, Narrow<FP8, GATE_UP, 64, 1>);
+PAIR(dense_pair_fp8_t32_p3, Narrow<FP8, GATE_UP, 32, 3>);
+PAIR(dense_pair_fp8_wide_p1, Wide<FP8, GATE_UP, 1>);
+PAIR(dense_pair_fp8_wide_p3, Wide<FP8, GATE_UP, 3>);
