@@ -2,13 +2,13 @@
 //! machine's own device.
 
 #[path = "../common/mod.rs"]
-#[path = "../mock/mod.rs"]
 mod common;
 mod device;
 mod driver;
 mod finalize;
 mod gather;
 mod group;
+#[path = "../mock/mod.rs"]
 mod mock;
 mod norm;
 mod ring;

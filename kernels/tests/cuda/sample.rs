@@ -192,6 +192,6 @@ fn adjustments_are_those_of_the_engine() {
         penalties: penalties.all(),
     };
     adjust.launch(&device).unwrap();
-    let want = [0.5, -1.0 * 2.0 - 0.5 * 2.0 - 0.25, 3.0, 0.5, 1.0, -2.0, -97.0, 0.5];
+    let want = [0.5, -2.0 - 0.5 * 2.0 - 0.25, 3.0, 0.5, 1.0, -2.0, -97.0, 0.5];
     assert_eq!(logits.read().unwrap(), want);
 }
