@@ -12,9 +12,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "kernels/tests/allocations.rs",
     "kernels/tests/cuda/",
     "kernels/tests/mock/",
-    "kernels/tests/cuda/driver.rs",
     "kernels/tests/cuda_faults.rs",
-    "kernels/tests/mock/",
     "models/src/checkpoint/mod.rs",
     "tests/allocations.rs",
 ];

@@ -41,7 +41,10 @@ Result parse_ptx(const std::string& text, Module& module) {
 
     std::string current;
     for (size_t dot = text.find('.'); dot != std::string::npos; dot = text.find('.', dot + 1)) {
-        const char* word = text.c_str() + dot;
+        if (text.compare(dot, 6, ".entry") && text.compare(dot, 8, ".maxntid") && text.compare(dot, 9, ".shared .")) continue;
+        // Copied: sscanf looks for the end of the text first, wherever that is.
+        std::string line = text.substr(dot, 640);
+        const char* word = line.c_str();
         char name[512];
         int number = 0, bytes = 0;
         if (sscanf(word, ".entry %511[A-Za-z0-9_$]", name) == 1) {

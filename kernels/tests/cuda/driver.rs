@@ -1,139 +1,16 @@
-//! The mock driver itself: what it lets pass, what it catches, and that graphs replay what was captured. Through
-//! cudarc, below the project's own layer, whose checks would otherwise come first.
+//! The mock driver itself: what it lets pass and what it catches.
 
-use std::ffi::{CString, c_void};
-use std::sync::Arc;
-
+use cudarc::driver::DevicePtr;
 use cudarc::driver::result::{self, module};
-use cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError};
+use cudarc::driver::sys::{self, CUresult};
 
-use crate::mock::{self, Gpu, Guarded, How, Kind, Order};
+use crate::bench::{Argument, Bench, PTX, at, error, load, open, uninitialised};
+use crate::mock::{self, Gpu, How, Kind, Order};
 
 const OUT_OF_MEMORY: CUresult = CUresult::CUDA_ERROR_OUT_OF_MEMORY;
 const LAUNCH_FAILED: CUresult = CUresult::CUDA_ERROR_LAUNCH_FAILED;
 const ILLEGAL_ADDRESS: CUresult = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
 const INVALID_VALUE: CUresult = CUresult::CUDA_ERROR_INVALID_VALUE;
-const CAPTURE_UNSUPPORTED: CUresult = CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-const CAPTURE_INVALIDATED: CUresult = CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
-
-/// What a driver reads of a module: these kernels are never compiled for a device.
-const PTX: &str = ".version 8.0
-.target sm_80
-.address_size 64
-.visible .entry selftest_scale(.param .u64 a) { ret; }
-.visible .entry selftest_poke(.param .u64 a) { ret; }
-.visible .entry selftest_sums(.param .u64 a) { ret; }
-.visible .entry selftest_deadlock() { ret; }
-.visible .entry selftest_shared_overrun(.param .u64 a)
-.maxntid 256, 1, 1
-{
-    .shared .align 4 .b8 table[1024];
-    ret;
-}
-.visible .entry selftest_nowhere() { ret; }\0";
-
-/// A context with the test kernels loaded.
-struct Bench {
-    stream: Arc<CudaStream>,
-    module: sys::CUmodule,
-}
-
-impl Bench {
-    fn open() -> Self {
-        let context = CudaContext::new(0).unwrap();
-        // SAFETY: the tests use one stream.
-        unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().unwrap();
-        let module = load(PTX).unwrap();
-        Self { stream, module }
-    }
-
-    fn function(&self, name: &str) -> Result<sys::CUfunction, DriverError> {
-        // SAFETY: the module lives as long as `self`.
-        unsafe { module::get_function(self.module, CString::new(name).unwrap()) }
-    }
-
-    fn launch(
-        &self,
-        name: &str,
-        (grid, block): (u32, u32),
-        shared: u32,
-        arguments: &[Argument],
-    ) -> Result<(), DriverError> {
-        let function = self.function(name)?;
-        let mut pointers: Vec<*mut c_void> = arguments.iter().map(Argument::pointer).collect();
-        let stream = self.stream.cu_stream();
-        // SAFETY: the arguments are those of the kernel. Kernels that misbehave do so where the mock sees it.
-        unsafe { result::launch_kernel(function, (grid, 1, 1), (block, 1, 1), shared, stream, &mut pointers) }
-    }
-
-    fn scale(&self, out: &CudaSlice<f32>, input: &CudaSlice<f32>, a: f32, b: f32) -> Result<(), DriverError> {
-        let count = out.len() as u32;
-        let arguments = [at(out), at(input), Argument::F32(a), Argument::F32(b), Argument::U32(count)];
-        self.launch("selftest_scale", (count.div_ceil(64), 64), 0, &arguments)
-    }
-
-    fn poke(&self, out: &CudaSlice<u8>, offset: i64) -> Result<(), DriverError> {
-        self.launch("selftest_poke", (1, 32), 0, &[at(out), Argument::I64(offset), Argument::U32(7)])
-    }
-
-    fn read(&self, from: &CudaSlice<f32>) -> Result<Vec<f32>, DriverError> {
-        self.stream.clone_dtoh(from)
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        // SAFETY: loaded by `open`, unloaded once.
-        let _ = unsafe { module::unload(self.module) };
-    }
-}
-
-fn load(ptx: &str) -> Result<sys::CUmodule, DriverError> {
-    // SAFETY: text that ends with a zero byte.
-    unsafe { module::load_data(ptx.as_ptr().cast()) }
-}
-
-enum Argument {
-    U64(u64),
-    I64(i64),
-    U32(u32),
-    F32(f32),
-}
-
-impl Argument {
-    fn pointer(&self) -> *mut c_void {
-        match self {
-            Self::U64(value) => std::ptr::from_ref(value).cast_mut().cast(),
-            Self::I64(value) => std::ptr::from_ref(value).cast_mut().cast(),
-            Self::U32(value) => std::ptr::from_ref(value).cast_mut().cast(),
-            Self::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
-        }
-    }
-}
-
-fn at<T>(slice: &CudaSlice<T>) -> Argument {
-    Argument::U64(slice.device_ptr(slice.stream()).0)
-}
-
-/// The mock, and the bench on it where there is one.
-fn open() -> Option<(Guarded, Bench)> {
-    let mock = mock::control()?;
-    Some((mock, Bench::open()))
-}
-
-fn uninitialised<T: cudarc::driver::DeviceRepr>(
-    bench: &Bench,
-    len: usize,
-) -> Result<CudaSlice<T>, DriverError> {
-    // SAFETY: what is read of it is compared with what the mock leaves there.
-    unsafe { bench.stream.alloc(len) }
-}
-
-fn error<T>(result: Result<T, DriverError>) -> Option<CUresult> {
-    result.err().map(|error| error.0)
-}
 
 #[test]
 fn kernels_run_by_name() {
@@ -304,7 +181,7 @@ fn a_missing_barrier_is_caught() {
 #[test]
 fn everything_holds_under_the_address_sanitizer() {
     // Without those whose point is a write that the sanitizer ends the process for.
-    for test in ["driver::kernels", "driver::memory", "driver::graphs", "driver::barriers"] {
+    for test in ["driver::kernels", "driver::memory", "driver::barriers", "capture::"] {
         mock::rerun_sanitized(test);
     }
 }
@@ -339,97 +216,6 @@ fn one_byte_too_far() {
 #[test]
 fn the_sanitizer_sees_writes_outside_allocations() {
     mock::assert_caught_sanitized("FAULT_NONE", "driver::one_byte_too_far");
-}
-
-fn begin(bench: &Bench, mode: CUstreamCaptureMode) {
-    bench.stream.begin_capture(mode).unwrap();
-}
-
-const RELAXED: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-const GLOBAL: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
-const NO_FLAGS: sys::CUgraphInstantiate_flags = sys::CUgraphInstantiate_flags(0);
-
-#[test]
-fn graphs_replay_what_was_captured() {
-    let Some((mock, bench)) = open() else { return };
-    for lazy in [false, true] {
-        mock.set_lazy(lazy);
-        let mut a = bench.stream.clone_htod(&[1.0f32; 8]).unwrap();
-        let mut b = bench.stream.alloc_zeros::<f32>(8).unwrap();
-        let steps = |a: &mut CudaSlice<f32>, b: &mut CudaSlice<f32>| {
-            bench.scale(b, a, 2.0, 1.0).unwrap();
-            bench.stream.memcpy_dtod(b, a).unwrap();
-            bench.scale(b, a, 1.0, 10.0).unwrap();
-        };
-        begin(&bench, RELAXED);
-        steps(&mut a, &mut b);
-        let graph = bench.stream.end_capture(NO_FLAGS).unwrap().unwrap();
-        // Nothing has run yet.
-        assert_eq!((bench.read(&a).unwrap(), bench.read(&b).unwrap()), (vec![1.0; 8], vec![0.0; 8]));
-        graph.launch().unwrap();
-        graph.launch().unwrap();
-        let replayed = (bench.read(&a).unwrap(), bench.read(&b).unwrap());
-        bench.stream.memcpy_htod(&[1.0f32; 8], &mut a).unwrap();
-        steps(&mut a, &mut b);
-        steps(&mut a, &mut b);
-        assert_eq!((bench.read(&a).unwrap(), bench.read(&b).unwrap()), replayed);
-        assert_eq!(replayed.0, [7.0; 8]);
-    }
-}
-
-#[test]
-fn calls_that_a_capture_forbids_spoil_it() {
-    let Some((_mock, bench)) = open() else { return };
-    begin(&bench, GLOBAL);
-    assert_eq!(error(bench.stream.context().synchronize()), Some(CAPTURE_UNSUPPORTED));
-    let status = bench.stream.capture_status().unwrap();
-    assert_eq!(status, sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED);
-    assert_eq!(error(bench.stream.end_capture(NO_FLAGS)), Some(CAPTURE_INVALIDATED));
-
-    begin(&bench, RELAXED);
-    assert_eq!(error(bench.stream.synchronize()), Some(CAPTURE_UNSUPPORTED));
-    assert_eq!(error(bench.stream.end_capture(NO_FLAGS)), Some(CAPTURE_INVALIDATED));
-
-    // An allocation may wait for the device, which relaxed captures allow.
-    for (mode, expected) in [(GLOBAL, Some(CAPTURE_UNSUPPORTED)), (RELAXED, None)] {
-        begin(&bench, mode);
-        // SAFETY: freed below.
-        let allocated = unsafe { result::malloc_sync(16) };
-        assert_eq!(error(allocated), expected);
-        assert_eq!(error(bench.stream.end_capture(NO_FLAGS)), expected.map(|_| CAPTURE_INVALIDATED));
-        if let Ok(address) = allocated {
-            // SAFETY: allocated above.
-            unsafe { result::free_sync(address) }.unwrap();
-        }
-    }
-    bench.stream.synchronize().unwrap();
-}
-
-#[test]
-fn other_streams_join_and_leave_a_capture() {
-    let Some((_mock, bench)) = open() else { return };
-    let a = bench.stream.clone_htod(&[1.0f32; 8]).unwrap();
-    let b = bench.stream.alloc_zeros::<f32>(8).unwrap();
-    let other = Bench { stream: bench.stream.context().new_stream().unwrap(), module: load(PTX).unwrap() };
-    for joined in [true, false] {
-        begin(&bench, RELAXED);
-        other.stream.join(&bench.stream).unwrap();
-        other.scale(&b, &a, 5.0, 0.0).unwrap();
-        if joined {
-            bench.stream.join(&other.stream).unwrap();
-        }
-        let graph = bench.stream.end_capture(NO_FLAGS);
-        if joined {
-            graph.unwrap().unwrap().launch().unwrap();
-            assert_eq!(bench.read(&b).unwrap(), [5.0; 8]);
-        } else {
-            assert_eq!(error(graph), Some(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNJOINED));
-        }
-        assert_eq!(
-            other.stream.capture_status().unwrap(),
-            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
-        );
-    }
 }
 
 #[test]

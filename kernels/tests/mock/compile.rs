@@ -138,8 +138,21 @@ impl Compiler {
     fn compile(&self, object: &Object, include: &Path) {
         let defines = object.defines.iter().map(|define| format!("-D{define}"));
         let mut command = Command::new(&self.command);
-        command.args(&self.flags).args(defines).arg("-I").arg(include).args(["-x", "c++", "-c"]);
-        self.run(command.arg(&object.source), &object.path);
+        command.args(&self.flags).args(defines).arg("-I").arg(include);
+        if object.source.extension().is_some_and(|extension| extension == "cu") {
+            // All kernels become one library, and helpers of two files may share a name. In a namespace without one
+            // they stay their file's own; what they include is everybody's.
+            let text = fs::read_to_string(&object.source).unwrap();
+            let includes: String =
+                text.lines().filter(|line| line.starts_with("#include")).collect::<Vec<_>>().join("\n");
+            let wrapper = object.path.with_extension("cpp");
+            fs::write(&wrapper, format!("{includes}\nnamespace {{\n#include {:?}\n}}\n", object.source))
+                .unwrap();
+            command.arg("-c").arg(&wrapper);
+        } else {
+            command.arg("-c").arg(&object.source);
+        }
+        self.run(&mut command, &object.path);
     }
 
     fn link(&self, objects: &[Object], folder: &Path) {

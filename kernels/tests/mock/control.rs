@@ -124,7 +124,7 @@ pub fn lock() -> MutexGuard<'static, ()> {
     ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The mock driver, in its first state, for whoever holds the lock.
+/// The mock driver, for whoever holds the lock.
 #[derive(Clone, Copy)]
 pub struct Control(&'static Functions);
 
@@ -133,12 +133,11 @@ pub struct Control(&'static Functions);
 #[allow(dead_code, reason = "not every test crate uses all")]
 #[allow(clippy::undocumented_unsafe_blocks, reason = "said once, above")]
 impl Control {
-    /// Builds and loads the mock at the first call; the reason if it cannot be built here.
+    /// Builds and loads the mock at the first call; the reason if it cannot be built here. Leaves it as it is, for
+    /// another test may be using it.
     pub fn load() -> Result<Self, String> {
         static FUNCTIONS: OnceLock<Result<Functions, String>> = OnceLock::new();
-        let control = Self(FUNCTIONS.get_or_init(Functions::load).as_ref().map_err(String::clone)?);
-        control.reset();
-        Ok(control)
+        Ok(Self(FUNCTIONS.get_or_init(Functions::load).as_ref().map_err(String::clone)?))
     }
 
     /// Where `libcuda.so.1` lies: for `LD_LIBRARY_PATH` of other programs.

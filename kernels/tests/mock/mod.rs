@@ -45,7 +45,10 @@ pub fn control() -> Option<Guarded> {
         return None;
     }
     match Control::load() {
-        Ok(control) => Some(Guarded { control, _lock: lock }),
+        Ok(control) => {
+            control.reset();
+            Some(Guarded { control, _lock: lock })
+        }
         Err(reason) => {
             skip(&reason);
             None
@@ -110,6 +113,7 @@ pub fn device_like(gpu: Gpu) -> Option<Session> {
         }
     };
     if let Some(mock) = mock {
+        mock.reset();
         mock.set_gpu(gpu);
     }
     let device = Device::open(0).unwrap_or_else(|error| panic!("{error}"));
