@@ -86,10 +86,12 @@ DEVICE u32 expert_of(const int* ids, u32 pair, u32 last, u32 experts) {
     return expert < experts ? expert : NOBODY;
 }
 
-// A row of counts for every warp; thread e clears expert e's and later adds them up.
-DEVICE void clear_counts(u32* counts) {
-#pragma unroll
-    for (u32 warp = 0; warp < WARPS; warp++) counts[warp * MOST_EXPERTS + threadIdx.x] = 0;
+// Warps that have any: few pairs do not fill a block.
+DEVICE u32 warps_with_pairs(Part block) { return min((block.last - block.first + 31) / 32, WARPS); }
+
+// A row of counts for each of the warps; thread e clears expert e's and later adds them up.
+DEVICE void clear_counts(u32* counts, u32 warps) {
+    for (u32 warp = 0; warp < warps; warp++) counts[warp * MOST_EXPERTS + threadIdx.x] = 0;
 }
 
 DEVICE void count_pairs(const int* ids, Part part, u32 experts, u32* counts) {
@@ -100,9 +102,8 @@ DEVICE void count_pairs(const int* ids, Part part, u32 experts, u32* counts) {
 }
 
 // Thread e turns the counts of expert e into where each warp starts, from `start` on, and gives back the end.
-DEVICE u32 add_up(u32* counts, u32 start) {
-#pragma unroll
-    for (u32 warp = 0; warp < WARPS; warp++) {
+DEVICE u32 add_up(u32* counts, u32 warps, u32 start) {
+    for (u32 warp = 0; warp < warps; warp++) {
         u32 count = counts[warp * MOST_EXPERTS + threadIdx.x];
         counts[warp * MOST_EXPERTS + threadIdx.x] = start;
         start += count;
@@ -206,19 +207,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     let_next_start();
     Units units{size, list}, other_units{other_size, other_list};
     u32 pairs = pair_count(tokens, rows, top_k), *mine = counts + warp_id() * MOST_EXPERTS;
-    Part part = part_of_warp({0, pairs});
-    clear_counts(counts);
+    Part block{0, pairs}, part = part_of_warp(block);
+    u32 busy = warps_with_pairs(block);
+    clear_counts(counts, busy);
     __syncthreads();
     count_pairs(ids, part, experts, mine);
 #ifndef FAULT_NO_BARRIER
     __syncthreads();
 #endif
-    u32 count = add_up(counts, 0);
+    u32 count = add_up(counts, busy, 0);
     Counts all{count, {units_of(count, units), units_of(count, other_units)}};
     Counts before = sum_before(all, warps);
     write_starts(before, all, starts);
-#pragma unroll
-    for (u32 warp = 0; warp < WARPS; warp++) counts[warp * MOST_EXPERTS + threadIdx.x] += before.pairs;
+    for (u32 warp = 0; warp < busy; warp++) counts[warp * MOST_EXPERTS + threadIdx.x] += before.pairs;
     __syncthreads();
     place_pairs(ids, part, experts, mine, order);
 #ifdef FAULT_OUT_OF_BOUNDS
@@ -296,15 +297,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     let_next_start();
     Units units{size, list}, other_units{other_size, other_list};
     u32* mine = counts + warp_id() * MOST_EXPERTS;
-    Part part = part_of_warp(part_of_block(pair_count(tokens, rows, top_k)));
+    Part block = part_of_block(pair_count(tokens, rows, top_k)), part = part_of_warp(block);
+    u32 busy = warps_with_pairs(block);
     bool exists = threadIdx.x < experts;
     u32 start = exists ? chunk_starts[u64(blockIdx.x) * experts + threadIdx.x] : 0;
     u32 count = exists ? u32(offsets[threadIdx.x + 1] - offsets[threadIdx.x]) : 0;
-    clear_counts(counts);
+    clear_counts(counts, busy);
     __syncthreads();
     count_pairs(ids, part, experts, mine);
     __syncthreads();
-    add_up(counts, start);
+    add_up(counts, busy, start);
     Counts all{count, {units_of(count, units), units_of(count, other_units)}};
     write_starts(sum_before(all, warps), all, starts);
     __syncthreads();

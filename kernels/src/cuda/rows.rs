@@ -84,7 +84,7 @@ impl<'a> Planes<'a> {
             assert!(width.is_multiple_of(NIBBLE_COLUMNS), "{what}: {width} columns in nibble order");
         }
         let aligned = self.values.address().is_multiple_of(16) && (self.stride * 2).is_multiple_of(16);
-        assert!(aligned || width % 8 != 0, "{what}: planes that are not aligned to 16 bytes");
+        assert!(aligned || !width.is_multiple_of(8), "{what}: planes that are not aligned to 16 bytes");
     }
 }
 
