@@ -139,11 +139,8 @@ DEVICE float exp2_fast(float x) {
 // ---- Asynchronous copies from global to shared memory. They land when waited for.
 
 #ifdef __CUDACC__
-DEVICE u32 shared_address(const void* at) {
-    u32 r;
-    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(r) : "l"(at));
-    return r;
-}
+// Not cvta in assembly: so the compiler sees where the pointer comes from, and counts in 32 bits.
+DEVICE u32 shared_address(const void* at) { return u32(__cvta_generic_to_shared(at)); }
 #endif
 
 // 16 bytes, of which the first `bytes` (0 or 16 in practice) are read and the rest is zero.
