@@ -88,6 +88,9 @@ struct Meeting {
     void* arguments[128];
 
     bool overlaps(const uint64_t (&other)[2]) const { return (mask[0] & other[0]) || (mask[1] & other[1]); }
+    // While some warps wait for their group, the others may still be at something of their own.
+    bool conflicts(const uint64_t (&other)[2]) const { return overlaps(other) && whole(mask) == whole(other); }
+    static bool whole(const uint64_t (&mask)[2]) { return (mask[0] & mask[1]) == ~uint64_t(0); }
     bool same(const uint64_t (&other)[2]) const { return mask[0] == other[0] && mask[1] == other[1]; }
     bool complete() const { return mask[0] == arrived[0] && mask[1] == arrived[1]; }
 };
@@ -261,7 +264,7 @@ void meet(const uint64_t (&mask)[2], unsigned first, void* argument, Compute com
     unsigned rank = block->current, member = rank % 128;
     auto& meetings = block->meetings[rank / 128];
     if (!(mask[member / 64] >> (member % 64) & 1)) fault("a lane takes part in an operation whose mask leaves it out");
-    auto at = std::find_if(meetings.begin(), meetings.end(), [&](const Meeting& m) { return m.overlaps(mask); });
+    auto at = std::find_if(meetings.begin(), meetings.end(), [&](const Meeting& m) { return m.conflicts(mask); });
     if (at == meetings.end()) {
         meetings.push_back({{mask[0], mask[1]}, {0, 0}, compute, {}});
         at = meetings.end() - 1;
