@@ -20,6 +20,7 @@ mod context;
 mod device;
 mod error;
 mod event;
+mod experts;
 mod gather;
 mod graph;
 mod group;
@@ -39,6 +40,9 @@ pub use buffer::{Buffer, Plain, Slice};
 pub use device::{Availability, Device, DeviceInfo, DeviceSummary, MemoryInfo};
 pub use error::{Cause, DeviceError};
 pub use event::Event;
+pub use experts::{
+    EXPERT_LEN, ExpertAddress, ExpertFormat, ExpertsDown, ExpertsUp, GroupedPairs, Multiply, Tiles, WeightAddress,
+};
 pub use gather::Gather;
 pub use graph::Graph;
 pub use group::{Finalize, Group, UNIT_LEN, Units, max_units};

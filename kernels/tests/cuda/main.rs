@@ -7,6 +7,7 @@ mod capture;
 mod common;
 mod device;
 mod driver;
+mod experts;
 mod finalize;
 mod gather;
 mod group;
