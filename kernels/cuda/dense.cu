@@ -2,6 +2,7 @@
 // products of a feed-forward with its activation, to planes. For few tokens each block streams its rows of the
 // weight with as many copies under way as shared memory holds, and k is spread over blocks; for many tokens blocks
 // are wide and take all of k. What is the same in both is in dense.cuh: the order of every sum.
+// architectures: 90
 #include "dense.cuh"
 
 // out[token, head, row] = sum over k of weight and x, + bias, + what is there if `add`.
@@ -11,13 +12,28 @@ DEVICE void dense_product(const DenseCall& call, const float* bias, float* out, 
     DYNAMIC_SHARED(stages);
     SHARED(u32, flag, 1);
     Block block(call, stages);
-    typename Block::Sums sums;
-    if (!block.run(sums, flag)) return;
-    block.for_each(sums, [&](u32 row, u32 token, float sum, float) {
-        float* to = out + u64(token) * out_token + block.head * out_head + row;
-        if (bias) sum += bias[row];
-        *to = add ? *to + sum : sum;
-    });
+    u32 row = block.own_output();
+    if (!block.run(flag) || row >= call.rows) return;
+    // A sum that began at zero is never -0, so that adding zero changes nothing.
+    float offset = bias ? bias[row] : 0;
+    float* own = out + u64(block.token_block * Block::TOKENS) * out_token + block.head * out_head + row;
+    constexpr u32 BATCH = 4, STEP = Block::TOKEN_STEP;
+#pragma unroll 1
+    for (u32 first = block.first_token(); first < block.live_tokens; first += BATCH * STEP) {
+        float before[BATCH];
+#pragma unroll
+        for (u32 j = 0; j < BATCH; j++) {
+            u32 token = first + j * STEP;
+            before[j] = add && token < block.live_tokens ? own[u64(token) * out_token] : 0;
+        }
+#pragma unroll
+        for (u32 j = 0; j < BATCH; j++) {
+            u32 token = first + j * STEP;
+            if (token >= block.live_tokens) break;
+            float sum = *block.tile_at(token, threadIdx.x % Block::OUTPUTS) + offset;
+            own[u64(token) * out_token] = before[j] + sum;
+        }
+    }
 }
 
 // What is done with gate and up, by number; any other is the clamped SwiGLU of gpt-oss.
@@ -38,29 +54,30 @@ DEVICE void dense_pair(const DenseCall& call, const float* bias, u16* out, u64 o
     DYNAMIC_SHARED(stages);
     SHARED(u32, flag, 1);
     Block block(call, stages);
-    typename Block::Sums sums;
-    if (!block.run(sums, flag)) return;
-    block.for_each(sums, [&](u32 row, u32 token, float gate, float up) {
-        if (bias) {
-            gate += bias[2 * row];
-            up += bias[2 * row + 1];
-        }
+    u32 row = block.own_output(), own_row = threadIdx.x % Block::OUTPUTS;
+    if (!block.run(flag) || row >= call.rows) return;
+    float gate_offset = bias ? bias[2 * row] : 0, up_offset = bias ? bias[2 * row + 1] : 0;
+#pragma unroll 1
+    for (u32 token = block.first_token(); token < block.live_tokens; token += Block::TOKEN_STEP) {
+        float gate = *block.tile_at(token, own_row) + gate_offset;
+        float up = *block.tile_at(token, Block::OUTPUTS + own_row) + up_offset;
         float rest = activate(activation, limit, alpha, gate, up);
-        u16* to = out + u64(token) * out_token + row;
+        u16* to = out + u64(block.token_block * Block::TOKENS + token) * out_token + row;
+#pragma unroll
         for (int plane = 0; plane < Block::PLANES; plane++) {
             u16 rounded = f32_to_bf16(rest);
             to[plane * out_plane] = rounded;
             rest -= bf16_to_f32(rounded);
         }
-    });
+    }
 }
 
 template <Weight weight, Layout layout, int tokens, int planes>
 using Narrow = DenseBlock<weight, layout, 4, 1, 1, tokens / 8, weight == Weight::Fp8 ? 128 : 64, planes>;
 // Decoding codes takes most of the instructions: for many tokens at once.
-template <Weight weight, Layout layout, int planes>
+template <Weight weight, Layout layout>
 using Wide = DenseBlock<weight, layout, weight == Weight::Fp8 ? 8 : 4, weight == Weight::Fp8 ? 1 : 2,
-                        weight == Weight::Fp8 ? 1 : 2, weight == Weight::Fp8 || planes == 1 ? 8 : 4, 64, planes>;
+                        weight == Weight::Fp8 ? 1 : 2, 8, 64, 1>;
 
 #define PRODUCT(name, ...)                                                                                    \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS) name(                                  \
@@ -95,30 +112,26 @@ PRODUCT(dense_bf16_t16_p1, Narrow<BF16, ROWS, 16, 1>);
 PRODUCT(dense_bf16_t32_p1, Narrow<BF16, ROWS, 32, 1>);
 PRODUCT(dense_bf16_t64_p1, Narrow<BF16, ROWS, 64, 1>);
 PRODUCT(dense_bf16_t32_p3, Narrow<BF16, ROWS, 32, 3>);
-PRODUCT(dense_bf16_wide_p1, Wide<BF16, ROWS, 1>);
-PRODUCT(dense_bf16_wide_p3, Wide<BF16, ROWS, 3>);
+PRODUCT(dense_bf16_wide_p1, Wide<BF16, ROWS>);
 PRODUCT(dense_fp8_t8_p1, Narrow<FP8, ROWS, 8, 1>);
 PRODUCT(dense_fp8_t16_p1, Narrow<FP8, ROWS, 16, 1>);
 PRODUCT(dense_fp8_t32_p1, Narrow<FP8, ROWS, 32, 1>);
 PRODUCT(dense_fp8_t64_p1, Narrow<FP8, ROWS, 64, 1>);
 PRODUCT(dense_fp8_t32_p3, Narrow<FP8, ROWS, 32, 3>);
-PRODUCT(dense_fp8_wide_p1, Wide<FP8, ROWS, 1>);
-PRODUCT(dense_fp8_wide_p3, Wide<FP8, ROWS, 3>);
+PRODUCT(dense_fp8_wide_p1, Wide<FP8, ROWS>);
 
 PRODUCT(dense_transposed_bf16_t16_p1, Narrow<BF16, TRANSPOSED, 16, 1>);
-PRODUCT(dense_transposed_bf16_wide_p1, Wide<BF16, TRANSPOSED, 1>);
-PRODUCT(dense_transposed_bf16_wide_p3, Wide<BF16, TRANSPOSED, 3>);
+PRODUCT(dense_transposed_bf16_t32_p3, Narrow<BF16, TRANSPOSED, 32, 3>);
+PRODUCT(dense_transposed_bf16_wide_p1, Wide<BF16, TRANSPOSED>);
 PRODUCT(dense_transposed_fp8_t16_p1, Narrow<FP8, TRANSPOSED, 16, 1>);
-PRODUCT(dense_transposed_fp8_wide_p1, Wide<FP8, TRANSPOSED, 1>);
-PRODUCT(dense_transposed_fp8_wide_p3, Wide<FP8, TRANSPOSED, 3>);
+PRODUCT(dense_transposed_fp8_t32_p3, Narrow<FP8, TRANSPOSED, 32, 3>);
+PRODUCT(dense_transposed_fp8_wide_p1, Wide<FP8, TRANSPOSED>);
 
 PAIR(dense_pair_bf16_t16_p1, Narrow<BF16, GATE_UP, 16, 1>);
 PAIR(dense_pair_bf16_t64_p1, Narrow<BF16, GATE_UP, 64, 1>);
 PAIR(dense_pair_bf16_t32_p3, Narrow<BF16, GATE_UP, 32, 3>);
-PAIR(dense_pair_bf16_wide_p1, Wide<BF16, GATE_UP, 1>);
-PAIR(dense_pair_bf16_wide_p3, Wide<BF16, GATE_UP, 3>);
+PAIR(dense_pair_bf16_wide_p1, Wide<BF16, GATE_UP>);
 PAIR(dense_pair_fp8_t16_p1, Narrow<FP8, GATE_UP, 16, 1>);
 PAIR(dense_pair_fp8_t64_p1, Narrow<FP8, GATE_UP, 64, 1>);
 PAIR(dense_pair_fp8_t32_p3, Narrow<FP8, GATE_UP, 32, 3>);
-PAIR(dense_pair_fp8_wide_p1, Wide<FP8, GATE_UP, 1>);
-PAIR(dense_pair_fp8_wide_p3, Wide<FP8, GATE_UP, 3>);
+PAIR(dense_pair_fp8_wide_p1, Wide<FP8, GATE_UP>);

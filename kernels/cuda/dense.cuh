@@ -11,6 +11,13 @@
 #include "primitives.cuh"
 #include "workspace.cuh"
 
+// Of a class, where `static` means something else.
+#ifdef __CUDACC__
+#define MEMBER __device__ __forceinline__
+#else
+#define MEMBER inline
+#endif
+
 enum class Weight { Bf16, Fp8 };
 
 enum class Layout {
@@ -63,7 +70,11 @@ struct DenseBlock {
     static constexpr int THREADS = 32 * ROW_WARPS * TOKEN_WARPS, STEPS = STAGE_K / 16;
     static constexpr int ROWS = ROW_WARPS * ROW_TILES * 16, TOKENS = TOKEN_WARPS * TOKEN_TILES * 8;
     // Whether a block may take all of k, and not just a piece.
-    static constexpr bool WHOLE = ROWS > 64;
+    static constexpr bool WHOLE = ROWS > 64 || PLANES > 1;
+    static constexpr u32 TILES = ROW_TILES * TOKEN_TILES, OUTPUTS = LAYOUT == Layout::Pair ? ROWS / 2 : ROWS;
+    // Floats from one token to the next where a block's sums lie in shared memory: lanes of a warp that write
+    // eight rows of four tokens do not share banks.
+    static constexpr u32 TILE_STRIDE = ROWS + 4;
     // Bytes of a weight, and of what lies side by side in a stage: the k of a row, or the rows of a k.
     static constexpr int SIZE = FP8 ? 1 : 2, LINE = SIZE * (TRANSPOSED ? ROWS : STAGE_K);
     static constexpr int LINES = TRANSPOSED ? STAGE_K : ROWS, LINE_CHUNKS = LINE / 16, CHUNK = 16 / SIZE;
@@ -74,15 +85,20 @@ struct DenseBlock {
     static constexpr int STAGE_BYTES = SCALES_AT + (FP8 ? 4 * ROWS : 0);
     static constexpr int FITTING = SHARED_BUDGET / STAGE_BYTES;
     static constexpr int STAGES = FITTING < MOST_STAGES ? FITTING : MOST_STAGES;
-    static_assert(STAGES >= 2 && WEIGHT_COPIES * THREADS == LINES * LINE_CHUNKS && COPY_LINES % 16 == 0);
+    static_assert(STAGES >= 2 && WEIGHT_COPIES * THREADS == LINES * LINE_CHUNKS);
+    static_assert(COPY_LINES % 16 == 0);
     static_assert(THREADS / X_CHUNKS % 8 == 0 && STAGE_K <= int(SCALE_BLOCK) && ROWS <= THREADS);
+    static_assert(4 * TOKENS * TILE_STRIDE <= STAGES * STAGE_BYTES && THREADS % OUTPUTS == 0 && STEPS % 2 == 0);
 
-    using Sums = float[ROW_TILES][TOKEN_TILES][4];
+    // Of a warp's tiles, row after row.
+    using Sums = float[TILES][4];
 
     const DenseCall& call;
     u8* const stages;
     const u32 lane = lane_id(), row_warp = warp_id() % ROW_WARPS, token_warp = warp_id() / ROW_WARPS;
     u32 row_block, token_block, head;
+    // Tokens of the block that there are.
+    u32 live_tokens;
     // First row of the head in its matrix; the k of its first term, counted from a block of scales; and the end.
     u32 first_row, k_offset, k_end;
     // Of this thread's copies: where the first comes from at k = 0, bytes from one to the next, and which exist.
@@ -90,15 +106,16 @@ struct DenseBlock {
     u64 copy_step;
     u32 exists = 0;
 
-    DEVICE DenseBlock(const DenseCall& call, u8* stages) : call(call), stages(stages) {
+    MEMBER DenseBlock(const DenseCall& call, u8* stages) : call(call), stages(stages) {
         // Row blocks go round within groups of token blocks: what runs at the same time then shares both sides.
         constexpr u32 GROUP = 8;
-        u32 row_blocks = (call.rows + block_rows() - 1) / block_rows();
+        u32 row_blocks = (call.rows + OUTPUTS - 1) / OUTPUTS;
         u32 token_blocks = (call.tokens + TOKENS - 1) / TOKENS;
         u32 group = blockIdx.x / (GROUP * row_blocks), rest = blockIdx.x - group * GROUP * row_blocks;
         u32 members = min(GROUP, token_blocks - group * GROUP);
         row_block = rest / members;
         token_block = group * GROUP + rest % members;
+        live_tokens = min(u32(TOKENS), call.tokens - token_block * TOKENS);
         head = blockIdx.z;
         first_row = call.first_row + head * call.head_rows;
         k_offset = TRANSPOSED && FP8 ? first_row % SCALE_BLOCK : 0;
@@ -106,17 +123,13 @@ struct DenseBlock {
         find_copies();
     }
 
-    // Outputs per block.
-    DEVICE static constexpr u32 block_rows() { return LAYOUT == Layout::Pair ? ROWS / 2 : ROWS; }
-
     // The output that a row of the block belongs to.
-    DEVICE u32 output_of(u32 row) const {
-        if (LAYOUT == Layout::Pair) return row_block * block_rows() + row / 16 * 8 + row % 8;
-        return row_block * ROWS + row;
+    MEMBER u32 output_of(u32 row) const {
+        return row_block * OUTPUTS + (LAYOUT == Layout::Pair ? row / 16 * 8 + row % 8 : row);
     }
-    DEVICE bool is_second(u32 row) const { return LAYOUT == Layout::Pair && row % 16 >= 8; }
+    MEMBER bool is_second(u32 row) const { return LAYOUT == Layout::Pair && row % 16 >= 8; }
 
-    DEVICE void find_copies() {
+    MEMBER void find_copies() {
         u32 line = threadIdx.x / LINE_CHUNKS, within = threadIdx.x % LINE_CHUNKS * CHUNK;
         u32 output = TRANSPOSED ? row_block * ROWS + within : output_of(line);
         const u8* matrix = is_second(line) ? call.second_weights : call.weights;
@@ -130,10 +143,10 @@ struct DenseBlock {
             exists |= u32(output + copy * OUTPUTS < call.rows) << copy;
     }
 
-    DEVICE u8* stage(u32 slot) const { return stages + slot * STAGE_BYTES; }
+    MEMBER u8* stage(u32 slot) const { return stages + slot * STAGE_BYTES; }
 
     // Starts the copies of a stage's weights, and of their scales.
-    DEVICE void copy_weights(u8* stage, u32 k) const {
+    MEMBER void copy_weights(u8* stage, u32 k) const {
         u32 line = threadIdx.x / LINE_CHUNKS, chunk = threadIdx.x % LINE_CHUNKS;
         const u8* source = from + u64(k) * (TRANSPOSED ? call.width : 1) * SIZE;
         u8* to = stage + chunk_at<LINE_CHUNKS>(line & ~7u, line & 7, chunk);
@@ -166,18 +179,18 @@ struct DenseBlock {
     }
 
     // Where sixteen bytes of a stage's x come from; null if there are none. Threads keep to a chunk of the lines.
-    DEVICE const u16* x_source(u32 line, u32 k) const {
+    MEMBER const u16* x_source(u32 line, u32 k) const {
         u32 own_k = k + threadIdx.x % X_CHUNKS * 8, token = token_block * TOKENS + line % TOKENS;
         if (token >= call.tokens || own_k < k_offset || own_k >= k_end) return nullptr;
         u64 at = line / TOKENS * call.x_plane + u64(token) * call.x_token + head * call.x_head;
         return call.x + at + (own_k - k_offset);
     }
-    DEVICE u8* x_place(u8* stage, u32 line) const {
+    MEMBER u8* x_place(u8* stage, u32 line) const {
         return stage + X_AT + chunk_at<X_CHUNKS>(line & ~7u, line & 7, threadIdx.x % X_CHUNKS);
     }
 
     // Starts the copies of a stage's x.
-    DEVICE void copy_x(u8* stage, u32 k) const {
+    MEMBER void copy_x(u8* stage, u32 k) const {
 #pragma unroll
         for (u32 first = 0; first < X_COPIES; first += THREADS) {
             u32 i = first + threadIdx.x, line = i / X_CHUNKS;
@@ -188,9 +201,9 @@ struct DenseBlock {
     }
 
     // Copies the x of all stages but the last at once: their groups of asynchronous copies are closed.
-    DEVICE void copy_first_x(u32 k) const {
-        // Several are loaded before the first is stored: the loads take far longer.
-        constexpr u32 ALL = (STAGES - 1) * X_COPIES, BATCH = 8;
+    MEMBER void copy_first_x(u32 k) const {
+        // Several are loaded before the first is stored, because the loads take far longer.
+        constexpr u32 ALL = (STAGES - 1) * X_COPIES, BATCH = 4;
         for (u32 first = threadIdx.x; first < ALL; first += BATCH * THREADS) {
             Bytes16 held[BATCH];
 #pragma unroll
@@ -209,8 +222,10 @@ struct DenseBlock {
     }
 
     // Fragments of sixteen rows and sixteen k of the weights.
-    DEVICE void load_weights(u32 (&a)[4], u32 (&codes)[4], u32 (&nan)[2], const u8* stage, u32 row,
-                             int step) const {
+    // `codes` are kept from an even step to the next.
+    MEMBER void load_weights(u32 (&a)[4], u32 (&codes)[4], u32 (&nan)[2], const u8* stage, int tile, int step,
+                             int odd) const {
+        u32 row = (row_warp * ROW_TILES + tile) * 16;
         if constexpr (!FP8 && !TRANSPOSED) {
             u32 first = row + lane / 8 % 2 * 8, chunk = 2 * step + lane / 16;
             load_matrix_x4(a, stage + chunk_at<LINE_CHUNKS>(first, lane % 8, chunk));
@@ -222,7 +237,7 @@ struct DenseBlock {
             if constexpr (!TRANSPOSED) {
                 // Two steps at once: words of rows g and g + 8 of this step, then of the next.
                 u32 first = row + lane / 8 % 2 * 8, chunk = step + lane / 16;
-                if (step % 2 == 0) load_matrix_x4(codes, stage + chunk_at<LINE_CHUNKS>(first, lane % 8, chunk));
+                if (!odd) load_matrix_x4(codes, stage + chunk_at<LINE_CHUNKS>(first, lane % 8, chunk));
             } else {
                 for (u32 half = 0; half < 2; half++) {
                     u32 word = 0, column = row + 8 * half + lane / 4;
@@ -231,11 +246,11 @@ struct DenseBlock {
                         u32 at = chunk_at<LINE_CHUNKS>(line & ~7u, line & 7, column / 16) + column % 16;
                         word |= u32(stage[at]) << 8 * i;
                     }
-                    codes[step % 2 * 2 + half] = word;
+                    codes[2 * odd + half] = word;
                 }
             }
             for (int half = 0; half < 2; half++) {
-                u32 word = codes[step % 2 * 2 + half];
+                u32 word = codes[2 * odd + half];
                 nan[half] |= e4m3_not_a_number(word);
                 e4m3_to_bf16(word, a[half], a[half + 2]);
             }
@@ -243,7 +258,7 @@ struct DenseBlock {
     }
 
     // Fragments of sixteen k of all tokens of the warp.
-    DEVICE void load_x(u32 (&b)[TOKEN_TILES][2], const u8* stage, int plane, int step) const {
+    MEMBER void load_x(u32 (&b)[TOKEN_TILES][2], const u8* stage, int plane, int step) const {
         const u8* x = stage + X_AT;
         u32 first = plane * TOKENS + token_warp * TOKEN_TILES * 8;
         if constexpr (FP8) {
@@ -266,31 +281,35 @@ struct DenseBlock {
         }
     }
 
-    DEVICE void multiply(Sums& sums, u32 (&nan)[ROW_TILES][2], const u8* stage) const {
-        u32 codes[ROW_TILES][4];
+    MEMBER void multiply(Sums& sums, u32 (&nan)[ROW_TILES][2], const u8* stage) const {
+        // More at once than two steps only where products are what it takes: the rest waits for memory.
+        constexpr int PAIRS_AT_ONCE = PLANES == 1 && STEPS == 4 ? 2 : 1;
+#pragma unroll PAIRS_AT_ONCE
+        for (int pair = 0; pair < STEPS / 2; pair++) {
+            u32 codes[ROW_TILES][4];
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            u32 a[ROW_TILES][4], b[TOKEN_TILES][2];
+            for (int half = 0; half < 2; half++) {
+                int step = 2 * pair + half;
+                u32 a[ROW_TILES][4], b[TOKEN_TILES][2];
 #pragma unroll
-            for (int tile = 0; tile < ROW_TILES; tile++)
-                load_weights(a[tile], codes[tile], nan[tile], stage, (row_warp * ROW_TILES + tile) * 16, step);
+                for (int tile = 0; tile < ROW_TILES; tile++)
+                    load_weights(a[tile], codes[tile], nan[tile], stage, tile, step, half);
 #pragma unroll
-            for (int plane = PLANES - 1; plane >= 0; plane--) {
-                load_x(b, stage, plane, step);
+                for (int plane = PLANES - 1; plane >= 0; plane--) {
+                    load_x(b, stage, plane, step);
 #pragma unroll
-                for (int row = 0; row < ROW_TILES; row++)
-#pragma unroll
-                    for (int token = 0; token < TOKEN_TILES; token++)
-                        multiply_bf16(sums[row][token], a[row], b[token]);
+                    for (int tile = 0; tile < int(TILES); tile++)
+                        multiply_bf16(sums[tile], a[tile / TOKEN_TILES], b[tile % TOKEN_TILES]);
+                }
             }
         }
     }
 
     // Adds a block of scales' sums, and begins the next from zero.
-    DEVICE void add_block(Sums& sums, Sums& part, u32 (&nan)[ROW_TILES][2], const u8* stage) const {
+    MEMBER void add_block(Sums& sums, Sums& part, u32 (&nan)[ROW_TILES][2], const u8* stage) const {
         const float* scales = reinterpret_cast<const float*>(stage + SCALES_AT);
 #pragma unroll
-        for (int row = 0; row < ROW_TILES; row++) {
+        for (int row = 0; row < ROW_TILES; row++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float scale = scales[(row_warp * ROW_TILES + row) * 16 + half * 8 + lane / 4];
@@ -303,37 +322,28 @@ struct DenseBlock {
                 }
                 nan[row][half] = 0;
 #pragma unroll
-                for (int token = 0; token < TOKEN_TILES; token++)
-#pragma unroll
-                    for (int i = 2 * half; i < 2 * half + 2; i++) {
-                        sums[row][token][i] = fmaf(scale, part[row][token][i], sums[row][token][i]);
-                        part[row][token][i] = 0;
-                    }
+                for (int token = 0; token < 2 * TOKEN_TILES; token++) {
+                    int tile = row * TOKEN_TILES + token / 2, i = 2 * half + token % 2;
+                    sums[tile][i] = fmaf(scale, part[tile][i], sums[tile][i]);
+                }
             }
-        }
+        clear(part);
     }
 
-    DEVICE static void clear(Sums& sums) {
+    MEMBER static void clear(Sums& sums) {
 #pragma unroll
-        for (int row = 0; row < ROW_TILES; row++)
-#pragma unroll
-            for (int token = 0; token < TOKEN_TILES; token++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) sums[row][token][i] = 0;
+        for (int i = 0; i < int(4 * TILES); i++) sums[i / 4][i % 4] = 0;
     }
-    DEVICE static void add(Sums& sums, const Sums& more) {
+    MEMBER static void add(Sums& sums, const Sums& more) {
 #pragma unroll
-        for (int row = 0; row < ROW_TILES; row++)
-#pragma unroll
-            for (int token = 0; token < TOKEN_TILES; token++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) sums[row][token][i] += more[row][token][i];
+        for (int i = 0; i < int(4 * TILES); i++) sums[i / 4][i % 4] += more[i / 4][i % 4];
     }
 
     // Sums from `begin`, a multiple of 128, to `end`: of the last piece in `sums`, of those before it in `total`.
-    DEVICE void sum(Sums& sums, Sums& total, u32 begin, u32 end) const {
+    MEMBER void sum(Sums& sums, Sums& total, u32 begin, u32 end) const {
         u32 count = (end - begin + STAGE_K - 1) / STAGE_K, load_slot = STAGES - 1, slot = 0;
         // Weights do not depend on the kernel before, whose results x is made of.
+#pragma unroll 1
         for (u32 s = 0; s < STAGES - 1; s++) {
             if (s < count) copy_weights(stage(s), begin + s * STAGE_K);
             copy_commit();
@@ -367,72 +377,83 @@ struct DenseBlock {
         }
     }
 
-    // Leaves a piece in the workspace. In the block that comes last `sums`, zero at first, is then the sum of all.
-    DEVICE bool share(Sums& sums, const Sums& piece_sums, u32* flag) const {
-        constexpr int TILES = ROW_TILES * TOKEN_TILES;
-        u32 pieces = gridDim.y, tile = blockIdx.z * gridDim.x + blockIdx.x;
-        Floats4* parts = call.workspace + u64(tile) * pieces * TILES * THREADS + threadIdx.x;
-        Floats4* own = parts + u64(blockIdx.y) * TILES * THREADS;
+    // Sums of the block in shared memory. Of a pair the first half of the rows is gate and the second up.
+    MEMBER float* tile_at(u32 token, u32 row) const {
+        return reinterpret_cast<float*>(stages) + token * TILE_STRIDE + row;
+    }
+
+    MEMBER void put(const Sums& sums) const {
+        // The stages are read no more.
+        __syncthreads();
 #pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            const float(&s)[4] = piece_sums[i / TOKEN_TILES][i % TOKEN_TILES];
-            own[i * THREADS] = {s[0], s[1], s[2], s[3]};
-        }
-        if (!arrives_last(call.counters + tile, pieces, flag)) return false;
-        // Several pieces are loaded before the first is added: the loads take far longer.
-        constexpr int BATCH = TILES < 8 ? 8 / TILES : 1;
-        for (u32 piece = 0; piece < pieces; piece += BATCH) {
-            Floats4 loaded[BATCH][TILES];
+        for (int tile = 0; tile < int(TILES); tile++)
 #pragma unroll
-            for (int j = 0; j < BATCH; j++)
+            for (int i = 0; i < 4; i++) {
+                u32 row = (row_warp * ROW_TILES + tile / TOKEN_TILES) * 16 + lane / 4;
+                u32 token = (token_warp * TOKEN_TILES + tile % TOKEN_TILES) * 8 + lane % 4 * 2 + i % 2;
+                bool pair = LAYOUT == Layout::Pair;
+                u32 at = pair ? row / 16 * 8 + row % 8 + i / 2 * OUTPUTS : row + i / 2 * 8;
+                *tile_at(token, at) = sums[tile][i];
+            }
+        __syncthreads();
+    }
+
+    // Leaves the tile, of one piece, in the workspace. In the block that comes last it is then the sum of all.
+    MEMBER bool share(u32* flag) const {
+        constexpr u32 ALL = TOKENS * ROWS / 4;
+        u32 pieces = gridDim.y, block = blockIdx.z * gridDim.x + blockIdx.x, live = live_tokens * (ROWS / 4);
+        Floats4* parts = call.workspace + u64(block) * pieces * ALL;
+        auto place = [&](u32 i) {
+            return reinterpret_cast<Floats4*>(tile_at(i / (ROWS / 4), i % (ROWS / 4) * 4));
+        };
+        for (u32 i = threadIdx.x; i < live; i += THREADS) parts[u64(blockIdx.y) * ALL + i] = *place(i);
+        if (!arrives_last(call.counters + block, pieces, flag)) return false;
+        // One after the other all pieces of a place, then of the next; but several are loaded before the first is
+        // added, because the loads take far longer.
+        constexpr u32 BATCH = 8;
+        u32 load_place = threadIdx.x, load_piece = 0, piece = 0;
+        Floats4 total{};
+        for (u32 i = threadIdx.x; i < live;) {
+            Floats4 loaded[BATCH];
 #pragma unroll
-                for (int i = 0; i < TILES; i++)
-                    if (piece + j < pieces)
-                        loaded[j][i] = load_others(parts + (u64(piece + j) * TILES + i) * THREADS);
+            for (u32 j = 0; j < BATCH; j++) {
+                if (load_place >= live) break;
+                loaded[j] = load_others(parts + u64(load_piece) * ALL + load_place);
+                if (++load_piece < pieces) continue;
+                load_piece = 0;
+                load_place += THREADS;
+            }
 #pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                if (piece + j >= pieces) break;
-#pragma unroll
-                for (int i = 0; i < TILES; i++) {
-                    float(&s)[4] = sums[i / TOKEN_TILES][i % TOKEN_TILES];
-                    const Floats4& p = loaded[j][i];
-                    s[0] += p.x;
-                    s[1] += p.y;
-                    s[2] += p.z;
-                    s[3] += p.w;
-                }
+            for (u32 j = 0; j < BATCH; j++) {
+                if (i >= live) break;
+                const Floats4& p = loaded[j];
+                total = {total.x + p.x, total.y + p.y, total.z + p.z, total.w + p.w};
+                if (++piece < pieces) continue;
+                *place(i) = total;
+                total = {};
+                piece = 0;
+                i += THREADS;
             }
         }
+        __syncthreads();
         return true;
     }
 
-    // All sums of this block's outputs; false if another block will have them.
-    DEVICE bool run(Sums& sums, u32* flag) const {
-        Sums last;
+    // Leaves all sums of this block's outputs in its tile; false if another block will have them.
+    MEMBER bool run(u32* flag) const {
+        Sums sums, total;
         bool shared = gridDim.y > 1;
         u32 begin = shared ? blockIdx.y * call.piece : 0;
-        sum(last, sums, begin, shared ? min(k_end, begin + call.piece) : k_end);
+        sum(sums, total, begin, shared ? min(k_end, begin + call.piece) : k_end);
         let_next_start();
-        if (shared) return share(sums, last, flag);
-        add(sums, last);
-        return true;
+        // Zero where the piece is shared.
+        add(total, sums);
+        put(total);
+        return !shared || share(flag);
     }
 
-    // Calls store(output of the head, token, sum) for all that exist.
-    template <class Store>
-    DEVICE void for_each(const Sums& sums, Store store) const {
-#pragma unroll
-        for (int row = 0; row < ROW_TILES; row++)
-#pragma unroll
-            for (int token = 0; token < TOKEN_TILES; token++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    if (LAYOUT == Layout::Pair && i >= 2) continue;
-                    u32 output = output_of((row_warp * ROW_TILES + row) * 16 + i / 2 * 8 + lane / 4);
-                    u32 at = token_block * TOKENS + (token_warp * TOKEN_TILES + token) * 8 + lane % 4 * 2 + i % 2;
-                    if (output >= call.rows || at >= call.tokens) continue;
-                    const float(&s)[4] = sums[row][token];
-                    store(output, at, s[i], LAYOUT == Layout::Pair ? s[i + 2] : 0);
-                }
-    }
+    // A thread has one output of every so many tokens.
+    MEMBER u32 own_output() const { return row_block * OUTPUTS + threadIdx.x % OUTPUTS; }
+    static constexpr u32 TOKEN_STEP = THREADS / OUTPUTS;
+    MEMBER u32 first_token() const { return threadIdx.x / OUTPUTS; }
 };
