@@ -88,8 +88,7 @@ using Wide = DenseBlock<weight, layout, weight == Weight::Fp8 ? 8 : 4, weight ==
         DenseCall call{x,     x_plane,   x_token,   x_head, weights, nullptr, scales, nullptr,   width,       \
                        first_row, head_rows, rows,  columns, tokens, piece,   workspace, counters};           \
         dense_product<__VA_ARGS__>(call, bias, out, out_token, out_head, add);                                \
-    }                                                                                                         \
-    EXPORT(name)
+    }
 
 #define PAIR(name, ...)                                                                                       \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS) name(                                  \
@@ -100,38 +99,63 @@ using Wide = DenseBlock<weight, layout, weight == Weight::Fp8 ? 8 : 4, weight ==
         DenseCall call{x,         x_plane, x_token, 0,       gate,   up,    gate_scales, up_scales, width,    \
                        first_row, 0,       rows,    columns, tokens, piece, workspace,   counters};           \
         dense_pair<__VA_ARGS__>(call, bias, out, out_plane, out_token, activation, limit, alpha);             \
-    }                                                                                                         \
-    EXPORT(name)
+    }
 
 constexpr Weight BF16 = Weight::Bf16, FP8 = Weight::Fp8;
 constexpr Layout ROWS = Layout::Rows, TRANSPOSED = Layout::Transposed, GATE_UP = Layout::Pair;
 
 // By the number of tokens that a block has at most, and of planes.
-PRODUCT(dense_bf16_t8_p1, Narrow<BF16, ROWS, 8, 1>);
-PRODUCT(dense_bf16_t16_p1, Narrow<BF16, ROWS, 16, 1>);
-PRODUCT(dense_bf16_t32_p1, Narrow<BF16, ROWS, 32, 1>);
-PRODUCT(dense_bf16_t64_p1, Narrow<BF16, ROWS, 64, 1>);
-PRODUCT(dense_bf16_t32_p3, Narrow<BF16, ROWS, 32, 3>);
-PRODUCT(dense_bf16_wide_p1, Wide<BF16, ROWS>);
-PRODUCT(dense_fp8_t8_p1, Narrow<FP8, ROWS, 8, 1>);
-PRODUCT(dense_fp8_t16_p1, Narrow<FP8, ROWS, 16, 1>);
-PRODUCT(dense_fp8_t32_p1, Narrow<FP8, ROWS, 32, 1>);
-PRODUCT(dense_fp8_t64_p1, Narrow<FP8, ROWS, 64, 1>);
-PRODUCT(dense_fp8_t32_p3, Narrow<FP8, ROWS, 32, 3>);
-PRODUCT(dense_fp8_wide_p1, Wide<FP8, ROWS>);
+PRODUCT(dense_bf16_t8_p1, Narrow<BF16, ROWS, 8, 1>)
+EXPORT(dense_bf16_t8_p1);
+PRODUCT(dense_bf16_t16_p1, Narrow<BF16, ROWS, 16, 1>)
+EXPORT(dense_bf16_t16_p1);
+PRODUCT(dense_bf16_t32_p1, Narrow<BF16, ROWS, 32, 1>)
+EXPORT(dense_bf16_t32_p1);
+PRODUCT(dense_bf16_t64_p1, Narrow<BF16, ROWS, 64, 1>)
+EXPORT(dense_bf16_t64_p1);
+PRODUCT(dense_bf16_t32_p3, Narrow<BF16, ROWS, 32, 3>)
+EXPORT(dense_bf16_t32_p3);
+PRODUCT(dense_bf16_wide_p1, Wide<BF16, ROWS>)
+EXPORT(dense_bf16_wide_p1);
+PRODUCT(dense_fp8_t8_p1, Narrow<FP8, ROWS, 8, 1>)
+EXPORT(dense_fp8_t8_p1);
+PRODUCT(dense_fp8_t16_p1, Narrow<FP8, ROWS, 16, 1>)
+EXPORT(dense_fp8_t16_p1);
+PRODUCT(dense_fp8_t32_p1, Narrow<FP8, ROWS, 32, 1>)
+EXPORT(dense_fp8_t32_p1);
+PRODUCT(dense_fp8_t64_p1, Narrow<FP8, ROWS, 64, 1>)
+EXPORT(dense_fp8_t64_p1);
+PRODUCT(dense_fp8_t32_p3, Narrow<FP8, ROWS, 32, 3>)
+EXPORT(dense_fp8_t32_p3);
+PRODUCT(dense_fp8_wide_p1, Wide<FP8, ROWS>)
+EXPORT(dense_fp8_wide_p1);
 
-PRODUCT(dense_transposed_bf16_t16_p1, Narrow<BF16, TRANSPOSED, 16, 1>);
-PRODUCT(dense_transposed_bf16_t32_p3, Narrow<BF16, TRANSPOSED, 32, 3>);
-PRODUCT(dense_transposed_bf16_wide_p1, Wide<BF16, TRANSPOSED>);
-PRODUCT(dense_transposed_fp8_t16_p1, Narrow<FP8, TRANSPOSED, 16, 1>);
-PRODUCT(dense_transposed_fp8_t32_p3, Narrow<FP8, TRANSPOSED, 32, 3>);
-PRODUCT(dense_transposed_fp8_wide_p1, Wide<FP8, TRANSPOSED>);
+PRODUCT(dense_transposed_bf16_t16_p1, Narrow<BF16, TRANSPOSED, 16, 1>)
+EXPORT(dense_transposed_bf16_t16_p1);
+PRODUCT(dense_transposed_bf16_t32_p3, Narrow<BF16, TRANSPOSED, 32, 3>)
+EXPORT(dense_transposed_bf16_t32_p3);
+PRODUCT(dense_transposed_bf16_wide_p1, Wide<BF16, TRANSPOSED>)
+EXPORT(dense_transposed_bf16_wide_p1);
+PRODUCT(dense_transposed_fp8_t16_p1, Narrow<FP8, TRANSPOSED, 16, 1>)
+EXPORT(dense_transposed_fp8_t16_p1);
+PRODUCT(dense_transposed_fp8_t32_p3, Narrow<FP8, TRANSPOSED, 32, 3>)
+EXPORT(dense_transposed_fp8_t32_p3);
+PRODUCT(dense_transposed_fp8_wide_p1, Wide<FP8, TRANSPOSED>)
+EXPORT(dense_transposed_fp8_wide_p1);
 
-PAIR(dense_pair_bf16_t16_p1, Narrow<BF16, GATE_UP, 16, 1>);
-PAIR(dense_pair_bf16_t64_p1, Narrow<BF16, GATE_UP, 64, 1>);
-PAIR(dense_pair_bf16_t32_p3, Narrow<BF16, GATE_UP, 32, 3>);
-PAIR(dense_pair_bf16_wide_p1, Wide<BF16, GATE_UP>);
-PAIR(dense_pair_fp8_t16_p1, Narrow<FP8, GATE_UP, 16, 1>);
-PAIR(dense_pair_fp8_t64_p1, Narrow<FP8, GATE_UP, 64, 1>);
-PAIR(dense_pair_fp8_t32_p3, Narrow<FP8, GATE_UP, 32, 3>);
-PAIR(dense_pair_fp8_wide_p1, Wide<FP8, GATE_UP>);
+PAIR(dense_pair_bf16_t16_p1, Narrow<BF16, GATE_UP, 16, 1>)
+EXPORT(dense_pair_bf16_t16_p1);
+PAIR(dense_pair_bf16_t64_p1, Narrow<BF16, GATE_UP, 64, 1>)
+EXPORT(dense_pair_bf16_t64_p1);
+PAIR(dense_pair_bf16_t32_p3, Narrow<BF16, GATE_UP, 32, 3>)
+EXPORT(dense_pair_bf16_t32_p3);
+PAIR(dense_pair_bf16_wide_p1, Wide<BF16, GATE_UP>)
+EXPORT(dense_pair_bf16_wide_p1);
+PAIR(dense_pair_fp8_t16_p1, Narrow<FP8, GATE_UP, 16, 1>)
+EXPORT(dense_pair_fp8_t16_p1);
+PAIR(dense_pair_fp8_t64_p1, Narrow<FP8, GATE_UP, 64, 1>)
+EXPORT(dense_pair_fp8_t64_p1);
+PAIR(dense_pair_fp8_t32_p3, Narrow<FP8, GATE_UP, 32, 3>)
+EXPORT(dense_pair_fp8_t32_p3);
+PAIR(dense_pair_fp8_wide_p1, Wide<FP8, GATE_UP>)
+EXPORT(dense_pair_fp8_wide_p1);

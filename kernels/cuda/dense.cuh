@@ -11,13 +11,6 @@
 #include "primitives.cuh"
 #include "workspace.cuh"
 
-// Of a class, where `static` means something else.
-#ifdef __CUDACC__
-#define MEMBER __device__ __forceinline__
-#else
-#define MEMBER inline
-#endif
-
 enum class Weight { Bf16, Fp8 };
 
 enum class Layout {
@@ -106,7 +99,7 @@ struct DenseBlock {
     u64 copy_step;
     u32 exists = 0;
 
-    MEMBER DenseBlock(const DenseCall& call, u8* stages) : call(call), stages(stages) {
+    DEVICE DenseBlock(const DenseCall& call, u8* stages) : call(call), stages(stages) {
         // Row blocks go round within groups of token blocks: what runs at the same time then shares both sides.
         constexpr u32 GROUP = 8;
         u32 row_blocks = (call.rows + OUTPUTS - 1) / OUTPUTS;
@@ -124,12 +117,12 @@ struct DenseBlock {
     }
 
     // The output that a row of the block belongs to.
-    MEMBER u32 output_of(u32 row) const {
+    DEVICE u32 output_of(u32 row) const {
         return row_block * OUTPUTS + (LAYOUT == Layout::Pair ? row / 16 * 8 + row % 8 : row);
     }
-    MEMBER bool is_second(u32 row) const { return LAYOUT == Layout::Pair && row % 16 >= 8; }
+    DEVICE bool is_second(u32 row) const { return LAYOUT == Layout::Pair && row % 16 >= 8; }
 
-    MEMBER void find_copies() {
+    DEVICE void find_copies() {
         u32 line = threadIdx.x / LINE_CHUNKS, within = threadIdx.x % LINE_CHUNKS * CHUNK;
         u32 output = TRANSPOSED ? row_block * ROWS + within : output_of(line);
         const u8* matrix = is_second(line) ? call.second_weights : call.weights;
@@ -143,10 +136,10 @@ struct DenseBlock {
             exists |= u32(output + copy * OUTPUTS < call.rows) << copy;
     }
 
-    MEMBER u8* stage(u32 slot) const { return stages + slot * STAGE_BYTES; }
+    DEVICE u8* stage(u32 slot) const { return stages + slot * STAGE_BYTES; }
 
     // Starts the copies of a stage's weights, and of their scales.
-    MEMBER void copy_weights(u8* stage, u32 k) const {
+    DEVICE void copy_weights(u8* stage, u32 k) const {
         u32 line = threadIdx.x / LINE_CHUNKS, chunk = threadIdx.x % LINE_CHUNKS;
         const u8* source = from + u64(k) * (TRANSPOSED ? call.width : 1) * SIZE;
         u8* to = stage + chunk_at<LINE_CHUNKS>(line & ~7u, line & 7, chunk);
@@ -179,18 +172,18 @@ struct DenseBlock {
     }
 
     // Where sixteen bytes of a stage's x come from; null if there are none. Threads keep to a chunk of the lines.
-    MEMBER const u16* x_source(u32 line, u32 k) const {
+    DEVICE const u16* x_source(u32 line, u32 k) const {
         u32 own_k = k + threadIdx.x % X_CHUNKS * 8, token = token_block * TOKENS + line % TOKENS;
         if (token >= call.tokens || own_k < k_offset || own_k >= k_end) return nullptr;
         u64 at = line / TOKENS * call.x_plane + u64(token) * call.x_token + head * call.x_head;
         return call.x + at + (own_k - k_offset);
     }
-    MEMBER u8* x_place(u8* stage, u32 line) const {
+    DEVICE u8* x_place(u8* stage, u32 line) const {
         return stage + X_AT + chunk_at<X_CHUNKS>(line & ~7u, line & 7, threadIdx.x % X_CHUNKS);
     }
 
     // Starts the copies of a stage's x.
-    MEMBER void copy_x(u8* stage, u32 k) const {
+    DEVICE void copy_x(u8* stage, u32 k) const {
 #pragma unroll
         for (u32 first = 0; first < X_COPIES; first += THREADS) {
             u32 i = first + threadIdx.x, line = i / X_CHUNKS;
@@ -201,7 +194,7 @@ struct DenseBlock {
     }
 
     // Copies the x of all stages but the last at once: their groups of asynchronous copies are closed.
-    MEMBER void copy_first_x(u32 k) const {
+    DEVICE void copy_first_x(u32 k) const {
         // Several are loaded before the first is stored, because the loads take far longer.
         constexpr u32 ALL = (STAGES - 1) * X_COPIES, BATCH = 4;
         for (u32 first = threadIdx.x; first < ALL; first += BATCH * THREADS) {
@@ -223,7 +216,7 @@ struct DenseBlock {
 
     // Fragments of sixteen rows and sixteen k of the weights.
     // `codes` are kept from an even step to the next.
-    MEMBER void load_weights(u32 (&a)[4], u32 (&codes)[4], u32 (&nan)[2], const u8* stage, int tile, int step,
+    DEVICE void load_weights(u32 (&a)[4], u32 (&codes)[4], u32 (&nan)[2], const u8* stage, int tile, int step,
                              int odd) const {
         u32 row = (row_warp * ROW_TILES + tile) * 16;
         if constexpr (!FP8 && !TRANSPOSED) {
@@ -258,7 +251,7 @@ struct DenseBlock {
     }
 
     // Fragments of sixteen k of all tokens of the warp.
-    MEMBER void load_x(u32 (&b)[TOKEN_TILES][2], const u8* stage, int plane, int step) const {
+    DEVICE void load_x(u32 (&b)[TOKEN_TILES][2], const u8* stage, int plane, int step) const {
         const u8* x = stage + X_AT;
         u32 first = plane * TOKENS + token_warp * TOKEN_TILES * 8;
         if constexpr (FP8) {
@@ -281,7 +274,7 @@ struct DenseBlock {
         }
     }
 
-    MEMBER void multiply(Sums& sums, u32 (&nan)[ROW_TILES][2], const u8* stage) const {
+    DEVICE void multiply(Sums& sums, u32 (&nan)[ROW_TILES][2], const u8* stage) const {
         // More at once than two steps only where products are what it takes: the rest waits for memory.
         constexpr int PAIRS_AT_ONCE = PLANES == 1 && STEPS == 4 ? 2 : 1;
 #pragma unroll PAIRS_AT_ONCE
@@ -306,7 +299,7 @@ struct DenseBlock {
     }
 
     // Adds a block of scales' sums, and begins the next from zero.
-    MEMBER void add_block(Sums& sums, Sums& part, u32 (&nan)[ROW_TILES][2], const u8* stage) const {
+    DEVICE void add_block(Sums& sums, Sums& part, u32 (&nan)[ROW_TILES][2], const u8* stage) const {
         const float* scales = reinterpret_cast<const float*>(stage + SCALES_AT);
 #pragma unroll
         for (int row = 0; row < ROW_TILES; row++)
@@ -330,17 +323,17 @@ struct DenseBlock {
         clear(part);
     }
 
-    MEMBER static void clear(Sums& sums) {
+    DEVICE static void clear(Sums& sums) {
 #pragma unroll
         for (int i = 0; i < int(4 * TILES); i++) sums[i / 4][i % 4] = 0;
     }
-    MEMBER static void add(Sums& sums, const Sums& more) {
+    DEVICE static void add(Sums& sums, const Sums& more) {
 #pragma unroll
         for (int i = 0; i < int(4 * TILES); i++) sums[i / 4][i % 4] += more[i / 4][i % 4];
     }
 
     // Sums from `begin`, a multiple of 128, to `end`: of the last piece in `sums`, of those before it in `total`.
-    MEMBER void sum(Sums& sums, Sums& total, u32 begin, u32 end) const {
+    DEVICE void sum(Sums& sums, Sums& total, u32 begin, u32 end) const {
         u32 count = (end - begin + STAGE_K - 1) / STAGE_K, load_slot = STAGES - 1, slot = 0;
         // Weights do not depend on the kernel before, whose results x is made of.
 #pragma unroll 1
@@ -378,11 +371,11 @@ struct DenseBlock {
     }
 
     // Sums of the block in shared memory. Of a pair the first half of the rows is gate and the second up.
-    MEMBER float* tile_at(u32 token, u32 row) const {
+    DEVICE float* tile_at(u32 token, u32 row) const {
         return reinterpret_cast<float*>(stages) + token * TILE_STRIDE + row;
     }
 
-    MEMBER void put(const Sums& sums) const {
+    DEVICE void put(const Sums& sums) const {
         // The stages are read no more.
         __syncthreads();
 #pragma unroll
@@ -399,7 +392,7 @@ struct DenseBlock {
     }
 
     // Leaves the tile, of one piece, in the workspace. In the block that comes last it is then the sum of all.
-    MEMBER bool share(u32* flag) const {
+    DEVICE bool share(u32* flag) const {
         constexpr u32 ALL = TOKENS * ROWS / 4;
         u32 pieces = gridDim.y, block = blockIdx.z * gridDim.x + blockIdx.x, live = live_tokens * (ROWS / 4);
         Floats4* parts = call.workspace + u64(block) * pieces * ALL;
@@ -440,7 +433,7 @@ struct DenseBlock {
     }
 
     // Leaves all sums of this block's outputs in its tile; false if another block will have them.
-    MEMBER bool run(u32* flag) const {
+    DEVICE bool run(u32* flag) const {
         Sums sums, total;
         bool shared = gridDim.y > 1;
         u32 begin = shared ? blockIdx.y * call.piece : 0;
@@ -453,7 +446,7 @@ struct DenseBlock {
     }
 
     // A thread has one output of every so many tokens.
-    MEMBER u32 own_output() const { return row_block * OUTPUTS + threadIdx.x % OUTPUTS; }
+    DEVICE u32 own_output() const { return row_block * OUTPUTS + threadIdx.x % OUTPUTS; }
     static constexpr u32 TOKEN_STEP = THREADS / OUTPUTS;
-    MEMBER u32 first_token() const { return threadIdx.x / OUTPUTS; }
+    DEVICE u32 first_token() const { return threadIdx.x / OUTPUTS; }
 };

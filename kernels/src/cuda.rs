@@ -17,6 +17,7 @@
 
 mod buffer;
 mod context;
+mod dense;
 mod device;
 mod error;
 mod event;
@@ -37,6 +38,10 @@ mod sample;
 mod source;
 
 pub use buffer::{Buffer, Plain, Slice};
+pub use dense::{
+    Dense, DenseFormat, DenseGateUp, DenseHeads, DenseInput, DenseLayout, DenseShape, DenseValues,
+    DenseWeight, DenseWorkspace, DenseWorkspaceSize,
+};
 pub use device::{Availability, Device, DeviceInfo, DeviceSummary, MemoryInfo};
 pub use error::{Cause, DeviceError};
 pub use event::Event;

@@ -5,6 +5,7 @@ mod bench;
 mod capture;
 #[path = "../common/mod.rs"]
 mod common;
+mod dense;
 mod device;
 mod driver;
 mod experts;

@@ -1,0 +1,468 @@
+//! Dense products on the device: against f64, and that a token has the same bits whatever stands beside it.
+
+use half::bf16;
+use kernels::cuda::{
+    Buffer, Dense, DenseGateUp, DenseHeads, DenseInput, DenseShape, DenseValues, DenseWeight, DenseWorkspace,
+    DenseWorkspaceSize, Device, DeviceError, Planes, Strided,
+};
+use kernels::experts::Activation;
+use kernels::{Matrix, Values, reference};
+
+use crate::common::{Format, Random, Weight, assert_close, bits};
+use crate::mock;
+
+type Result<T = ()> = std::result::Result<T, DeviceError>;
+
+/// As the issue of this kernel wants them: every tile shape and its edges.
+const COUNTS: [usize; 9] = [130, 1, 2, 7, 8, 9, 63, 64, 65];
+const FORMATS: [Format; 2] = [Format::Bf16, Format::Fp8];
+
+/// A weight's bytes on the device.
+enum Uploaded {
+    Bf16(Buffer<u8>),
+    Fp8(Buffer<u8>, Buffer<f32>),
+}
+
+impl Uploaded {
+    fn new(device: &Device, matrix: &Matrix<'_>) -> Result<Self> {
+        let float = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().unwrap());
+        Ok(match matrix.values {
+            Values::Bf16(bytes) => Self::Bf16(device.upload(bytes)?),
+            Values::Fp8 { values, scales } => {
+                let scales: Vec<f32> = scales.chunks_exact(4).map(float).collect();
+                Self::Fp8(device.upload(values)?, device.upload(&scales)?)
+            }
+            _ => panic!("no dense format"),
+        })
+    }
+
+    fn weight(&self, matrix: &Matrix<'_>) -> DenseWeight<'_> {
+        let values = match self {
+            Self::Bf16(bytes) => DenseValues::Bf16(bytes.all().cast()),
+            Self::Fp8(codes, scales) => DenseValues::Fp8 { codes: codes.all(), scales: scales.all() },
+        };
+        DenseWeight { values, rows: matrix.rows, cols: matrix.cols }
+    }
+}
+
+/// Rows of x, each with a few values after it that no product may read, as planes and as what these add up to.
+struct Input {
+    planes: Vec<bf16>,
+    count: usize,
+    width: usize,
+    stride: usize,
+    sums: Vec<f32>,
+}
+
+impl Input {
+    fn new(x: &[f32], width: usize, count: usize) -> Self {
+        let (rows, stride) = (x.len() / width, width + 8);
+        let mut planes = vec![bf16::NAN; count * rows * stride];
+        let mut sums = x.to_vec();
+        for (i, x) in x.iter().enumerate() {
+            let mut rest = *x;
+            for plane in 0..count {
+                let part = bf16::from_f32(rest);
+                planes[(plane * rows + i / width) * stride + i % width] = part;
+                rest -= part.to_f32();
+            }
+            sums[i] -= rest;
+        }
+        Self { planes, count, width, stride, sums }
+    }
+
+    fn random(random: &mut Random, rows: usize, width: usize, count: usize) -> Self {
+        Self::new(&random.values(rows * width), width, count)
+    }
+
+    /// Some of its rows.
+    fn rows(&self, rows: std::ops::Range<usize>) -> Self {
+        let x = &self.sums[rows.start * self.width..rows.end * self.width];
+        Self::new(x, self.width, self.count)
+    }
+
+    fn len(&self) -> usize {
+        self.sums.len() / self.width
+    }
+}
+
+/// Runs `launch` with a workspace, twice if nothing is added up, because the first must leave it as it was.
+fn twice(
+    device: &Device,
+    shape: DenseShape,
+    tokens: usize,
+    launch: impl Fn(&DenseWorkspace) -> Result,
+) -> Result {
+    let size = shape.workspace_size(tokens, device.info().multiprocessors);
+    let workspace = DenseWorkspace::new(device, size)?;
+    launch(&workspace)?;
+    launch(&workspace)
+}
+
+/// A product over all options of it.
+struct Case {
+    weight: Weight,
+    bias: Option<Vec<f32>>,
+    /// What is in the output at first, and whether the product is added to it.
+    before: f32,
+    add: bool,
+}
+
+impl Case {
+    fn new(random: &mut Random, format: Format, (rows, cols): (usize, usize), bias: bool) -> Self {
+        let bias = bias.then(|| random.values(rows));
+        Self { weight: Weight::random(random, format, rows, cols), bias, before: 0.25, add: false }
+    }
+
+    fn run(&self, device: &Device, input: &Input) -> Result<Vec<f32>> {
+        let (matrix, tokens) = (self.weight.matrix(), input.len());
+        let stride = matrix.rows + 3;
+        let (x, uploaded) = (device.upload(&input.planes)?, Uploaded::new(device, &matrix)?);
+        let bias = self.bias.as_ref().map(|bias| device.upload(bias)).transpose()?;
+        let out = device.upload(&vec![self.before; tokens * stride])?;
+        let weight = uploaded.weight(&matrix);
+        let x = DenseInput { planes: Planes::new(&x, input.count), stride: input.stride };
+        let empty = DenseWorkspace::new(device, DenseWorkspaceSize::default())?;
+        let (bias, out_rows) = (bias.as_ref().map(Buffer::all), Strided::new(&out, stride));
+        let op = Dense { x, tokens, weight, bias, out: out_rows, add: self.add, workspace: &empty };
+        twice(device, op.shape(), tokens, |workspace| {
+            if self.add {
+                out.write(&vec![self.before; tokens * stride])?;
+            }
+            Dense { workspace, ..op }.launch(device)
+        })?;
+        let out = out.read()?;
+        let (own, beside): (Vec<_>, Vec<_>) = out.chunks(stride).map(|row| row.split_at(matrix.rows)).unzip();
+        assert!(beside.concat().iter().all(|value| *value == self.before), "values beside the output");
+        Ok(own.concat())
+    }
+
+    fn check(&self, got: &[f32], input: &Input, what: &str) {
+        let matrix = self.weight.matrix();
+        let mut want = reference::matmul(&input.sums, &matrix, self.bias.as_deref());
+        if self.add {
+            want.iter_mut().for_each(|want| *want += f64::from(self.before));
+        }
+        assert_close(got, &want, &magnitudes(&input.sums, &matrix), 1e-6, what);
+    }
+}
+
+/// Sums of magnitudes, and one for bias and what was there.
+fn magnitudes(x: &[f32], matrix: &Matrix<'_>) -> Vec<f64> {
+    let weights = reference::dequantize(matrix);
+    let dot = |x: &[f32], w: &[f32]| -> f64 { x.iter().zip(w).map(|(a, b)| f64::from((a * b).abs())).sum() };
+    let rows = |x| weights.chunks_exact(matrix.cols).map(move |w| 1.0 + dot(x, w));
+    x.chunks_exact(matrix.cols).flat_map(rows).collect()
+}
+
+#[test]
+fn dense_products_match_in_f64() {
+    mock::in_every_order(|device| {
+        let mut random = Random(1);
+        for format in FORMATS {
+            for (planes, tokens) in [(1, 5), (3, 5), (1, 40), (3, 34), (1, 70)] {
+                for (shape, bias, add) in
+                    [((70, 264), true, false), ((33, 16), false, true), ((8, 648), true, true)]
+                {
+                    let case = Case { add, ..Case::new(&mut random, format, shape, bias) };
+                    let input = Input::random(&mut random, tokens, shape.1, planes);
+                    let got = case.run(device, &input).unwrap();
+                    case.check(
+                        &got,
+                        &input,
+                        &format!("{format:?} {shape:?}, {planes} planes, {tokens} tokens"),
+                    );
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_dense_token_has_the_same_bits_in_every_batch() {
+    mock::on_device(|device| {
+        let mut random = Random(2);
+        for format in FORMATS {
+            for planes in [1, 3] {
+                // Several pieces, the last of them shorter; and one.
+                for shape in [(72, 904), (130, 200)] {
+                    let case = Case { add: true, ..Case::new(&mut random, format, shape, true) };
+                    let input = Input::random(&mut random, COUNTS[0], shape.1, planes);
+                    let all = case.run(device, &input).unwrap();
+                    for count in COUNTS {
+                        let first = 130 - count;
+                        let got = case.run(device, &input.rows(first..130)).unwrap();
+                        let what = format!("{format:?}, {planes} planes, {count} tokens of {shape:?}");
+                        assert_eq!(bits(&got), bits(&all[first * shape.0..]), "{what}");
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn not_a_number_stays_with_its_row_and_token() {
+    mock::on_device(|device| {
+        let (rows, cols, tokens) = (70, 392, 66);
+        for format in FORMATS {
+            let mut random = Random(3);
+            let weight = Weight::random(&mut random, format, rows, cols);
+            let mut bytes = weight.matrix();
+            let mut values = match bytes.values {
+                Values::Bf16(values) | Values::Fp8 { values, .. } => values.to_vec(),
+                _ => unreachable!(),
+            };
+            // Weight (20, 390), whose row has no other.
+            match &mut bytes.values {
+                Values::Bf16(own) => {
+                    values[2 * (20 * cols + 390)..][..2].copy_from_slice(&bf16::NAN.to_le_bytes());
+                    *own = &values;
+                }
+                Values::Fp8 { values: own, .. } => {
+                    values[20 * cols + 390] = 0xff;
+                    *own = &values;
+                }
+                _ => unreachable!(),
+            }
+            let mut x = random.values(tokens * cols);
+            x[3 * cols + 5] = f32::NAN;
+            let input = Input::new(&x, cols, 1);
+            for count in [5, tokens] {
+                let x = device.upload(&input.rows(0..count).planes).unwrap();
+                let uploaded = Uploaded::new(device, &bytes).unwrap();
+                let out = device.zeroed(count * rows).unwrap();
+                let x = DenseInput { planes: Planes::new(&x, 1), stride: cols + 8 };
+                let empty = DenseWorkspace::new(device, DenseWorkspaceSize::default()).unwrap();
+                let op = Dense {
+                    x,
+                    tokens: count,
+                    weight: uploaded.weight(&bytes),
+                    bias: None,
+                    out: Strided::new(&out, rows),
+                    add: false,
+                    workspace: &empty,
+                };
+                twice(device, op.shape(), count, |workspace| Dense { workspace, ..op }.launch(device))
+                    .unwrap();
+                for (i, value) in out.read().unwrap().into_iter().enumerate() {
+                    let expected = i / rows == 3 || i % rows == 20;
+                    assert_eq!(value.is_nan(), expected, "{format:?}: token {}, row {}", i / rows, i % rows);
+                }
+            }
+        }
+    });
+}
+
+/// A weight of which heads take rows, as `kv_b` of latent attention.
+struct HeadCase {
+    weight: Weight,
+    first_row: usize,
+    row_stride: usize,
+    rows: usize,
+    heads: usize,
+    transposed: bool,
+}
+
+impl HeadCase {
+    fn widths(&self) -> (usize, usize) {
+        let (rows, cols) = (self.rows, self.weight.cols);
+        if self.transposed { (rows, cols) } else { (cols, rows) }
+    }
+
+    fn run(&self, device: &Device, input: &Input) -> Result<Vec<f32>> {
+        let (matrix, tokens, (columns, outputs)) = (self.weight.matrix(), input.len(), self.widths());
+        let (x, uploaded) = (device.upload(&input.planes)?, Uploaded::new(device, &matrix)?);
+        let out = device.upload(&vec![0.5; tokens * self.heads * (outputs + 2)])?;
+        let empty = DenseWorkspace::new(device, DenseWorkspaceSize::default())?;
+        let op = DenseHeads {
+            x: DenseInput { planes: Planes::new(&x, input.count), stride: input.stride },
+            x_head_stride: columns,
+            tokens,
+            weight: uploaded.weight(&matrix),
+            first_row: self.first_row,
+            row_stride: self.row_stride,
+            rows: self.rows,
+            heads: self.heads,
+            transposed: self.transposed,
+            out: Strided::new(&out, self.heads * (outputs + 2)),
+            out_head_stride: outputs + 2,
+            workspace: &empty,
+        };
+        twice(device, op.shape(), tokens, |workspace| DenseHeads { workspace, ..op }.launch(device))?;
+        let out = out.read()?;
+        let (own, beside): (Vec<_>, Vec<_>) =
+            out.chunks(outputs + 2).map(|row| row.split_at(outputs)).unzip();
+        assert!(beside.concat().iter().all(|value| *value == 0.5), "values beside the output");
+        Ok(own.concat())
+    }
+
+    fn check(&self, got: &[f32], input: &Input, what: &str) {
+        let (matrix, (columns, outputs)) = (self.weight.matrix(), self.widths());
+        for (place, x) in input.sums.chunks_exact(columns).enumerate() {
+            let own = matrix.slice(self.first_row + place % self.heads * self.row_stride, self.rows);
+            let product = |x: &[f32], w: &Matrix<'_>| match self.transposed {
+                true => reference::matmul_transposed(x, w, None),
+                false => reference::matmul(x, w, None),
+            };
+            // No sum of magnitudes is larger than this.
+            let size = x.iter().map(|x| f64::from(x.abs())).sum::<f64>() * greatest(&own) + 1e-3;
+            let got = &got[place * outputs..][..outputs];
+            assert_close(got, &product(x, &own), &vec![size; outputs], 1e-6, what);
+        }
+    }
+}
+
+fn greatest(matrix: &Matrix<'_>) -> f64 {
+    reference::dequantize(matrix).iter().fold(0.0, |a, w| a.max(f64::from(w.abs())))
+}
+
+#[test]
+fn heads_take_their_rows_both_ways() {
+    mock::in_every_order(|device| {
+        let mut random = Random(4);
+        for format in FORMATS {
+            for transposed in [false, true] {
+                // Heads that blocks of scales do not end with; as in the published models; tiny.
+                for (heads, rows, row_stride, cols) in [(3, 72, 136, 72), (2, 128, 256, 64), (3, 16, 32, 24)]
+                {
+                    let first_row = row_stride - rows;
+                    let weight = Weight::random(&mut random, format, heads * row_stride, cols);
+                    let case = HeadCase { weight, first_row, row_stride, rows, heads, transposed };
+                    let width = heads * case.widths().0;
+                    for planes in [1, 3] {
+                        let what =
+                            format!("{format:?} {rows} x {cols}, transposed: {transposed}, {planes} planes");
+                        let input = Input::random(&mut random, 70, width, planes);
+                        let all = case.run(device, &input).unwrap();
+                        case.check(&all, &input, &what);
+                        for count in [3, 20] {
+                            let got = case.run(device, &input.rows(70 - count..70)).unwrap();
+                            assert_eq!(bits(&got), bits(&all[all.len() / 70 * (70 - count)..]), "{what}");
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+struct PairCase {
+    gate: Weight,
+    up: Weight,
+    bias: Option<Vec<f32>>,
+    activation: Activation,
+}
+
+impl PairCase {
+    /// Planes `[count][tokens][rows]`.
+    fn run(&self, device: &Device, input: &Input) -> Result<Vec<bf16>> {
+        let (gate_matrix, up_matrix, tokens) = (self.gate.matrix(), self.up.matrix(), input.len());
+        let (gate, up) = (Uploaded::new(device, &gate_matrix)?, Uploaded::new(device, &up_matrix)?);
+        let x = device.upload(&input.planes)?;
+        let bias = self.bias.as_ref().map(|bias| device.upload(bias)).transpose()?;
+        let (rows, stride) = (gate_matrix.rows, gate_matrix.rows + 5);
+        let out = device.upload(&vec![bf16::NEG_ONE; input.count * tokens * stride])?;
+        let empty = DenseWorkspace::new(device, DenseWorkspaceSize::default())?;
+        let op = DenseGateUp {
+            x: DenseInput { planes: Planes::new(&x, input.count), stride: input.stride },
+            tokens,
+            gate: gate.weight(&gate_matrix),
+            up: up.weight(&up_matrix),
+            bias: bias.as_ref().map(Buffer::all),
+            activation: self.activation,
+            out: Planes::new(&out, input.count),
+            out_stride: stride,
+            workspace: &empty,
+        };
+        twice(device, op.shape(), tokens, |workspace| DenseGateUp { workspace, ..op }.launch(device))?;
+        let out = out.read()?;
+        let (own, beside): (Vec<_>, Vec<_>) = out.chunks(stride).map(|row| row.split_at(rows)).unzip();
+        assert!(beside.concat().iter().all(|value| *value == bf16::NEG_ONE), "values beside the output");
+        Ok(own.concat())
+    }
+
+    fn check(&self, got: &[bf16], input: &Input, what: &str) {
+        let rows = self.gate.rows;
+        let biases =
+            |first| self.bias.as_ref().map(|b| b.iter().skip(first).step_by(2).copied().collect::<Vec<_>>());
+        let side = |weight: &Weight, first| {
+            let bias = biases(first);
+            reference::matmul(&input.sums, &weight.matrix(), bias.as_deref())
+        };
+        let size = |weight: &Weight| magnitudes(&input.sums, &weight.matrix());
+        let (gates, ups) = (side(&self.gate, 0), side(&self.up, 1));
+        let (gate_sizes, up_sizes) = (size(&self.gate), size(&self.up));
+        let plane = input.len() * rows;
+        for i in 0..plane {
+            let value: f64 = (0..input.count).map(|p| f64::from(got[p * plane + i].to_f32())).sum();
+            let want = reference::activate(self.activation, gates[i], ups[i]);
+            // The derivatives of the activation are at most about 1.1 times the other side, and 1.
+            let sums = 3e-6 * (gate_sizes[i] * (up_sizes[i] + 1.0) + up_sizes[i] * gate_sizes[i]);
+            let rounding = if input.count == 1 { want.abs() / 256.0 } else { 0.0 };
+            assert!((value - want).abs() <= sums + rounding, "{what}: [{i}] is {value}, should be {want}");
+        }
+    }
+}
+
+#[test]
+fn gate_and_up_share_blocks_and_are_activated() {
+    mock::in_every_order(|device| {
+        let mut random = Random(5);
+        let clamped = Activation::ClampedSwiGlu { limit: 1.5, alpha: 1.702 };
+        for format in FORMATS {
+            for (planes, activation) in
+                [(1, Activation::SiluGlu), (3, clamped), (3, Activation::SiluGlu), (1, clamped)]
+            {
+                let (rows, cols) = (45, 392);
+                let bias = (planes == 1).then(|| random.values(2 * rows));
+                let gate = Weight::random(&mut random, format, rows, cols);
+                let up = Weight::random(&mut random, format, rows, cols);
+                let case = PairCase { gate, up, bias, activation };
+                let what = format!("{format:?}, {planes} planes, {activation:?}");
+                let input = Input::random(&mut random, 66, cols, planes);
+                let all = case.run(device, &input).unwrap();
+                case.check(&all, &input, &what);
+                for count in [1, 17, 64] {
+                    let got = case.run(device, &input.rows(66 - count..66)).unwrap();
+                    for (plane, got) in got.chunks(count * rows).enumerate() {
+                        let first = (plane * 66 + 66 - count) * rows;
+                        assert_eq!(got, &all[first..][..count * rows], "{what}, {count} tokens");
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn dense_products_replay_as_a_graph() {
+    mock::on_device(|device| {
+        let mut random = Random(6);
+        let weight = Weight::random(&mut random, Format::Bf16, 40, 600);
+        let (matrix, inputs) = (weight.matrix(), [1, 2].map(|_| Input::random(&mut random, 3, 600, 1)));
+        let uploaded = Uploaded::new(device, &matrix).unwrap();
+        let x = device.upload(&inputs[0].planes).unwrap();
+        let out = device.zeroed(3 * 40).unwrap();
+        let empty = DenseWorkspace::new(device, DenseWorkspaceSize::default()).unwrap();
+        let op = Dense {
+            x: DenseInput { planes: Planes::new(&x, 1), stride: 608 },
+            tokens: 3,
+            weight: uploaded.weight(&matrix),
+            bias: None,
+            out: Strided::new(&out, 40),
+            add: false,
+            workspace: &empty,
+        };
+        let size = op.shape().workspace_size(3, device.info().multiprocessors);
+        assert!(size.counters > 0, "k is cut");
+        let workspace = DenseWorkspace::new(device, size).unwrap();
+        let graph = device.capture(|| Dense { workspace: &workspace, ..op }.launch(device)).unwrap();
+        for input in &inputs {
+            x.write(&input.planes).unwrap();
+            graph.launch().unwrap();
+            let want = reference::matmul(&input.sums, &matrix, None);
+            assert_close(&out.read().unwrap(), &want, &magnitudes(&input.sums, &matrix), 1e-6, "replayed");
+        }
+    });
+}
