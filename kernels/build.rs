@@ -4,8 +4,11 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use flate2::Compression;
+use flate2::write::DeflateEncoder;
 use sha2::{Digest, Sha256};
 
 /// Set to 1 while kernels are being written: stale PTX is a warning then.
@@ -28,6 +31,7 @@ fn main() {
     names.sort();
     let manifest = fs::read_to_string(folder.join("ptx/manifest.json")).unwrap_or_default();
     let machine_code = fs::read_to_string(folder.join("build/manifest.json")).unwrap_or_default();
+    let out = PathBuf::from(std::env::var("OUT_DIR").unwrap());
     let mut stale = Vec::new();
     let mut files = String::new();
     let mut sources = String::new();
@@ -50,13 +54,12 @@ fn main() {
             let path = folder.join("ptx").join(&file);
             let text = fs::read_to_string(&path).unwrap_or_default();
             if !manifest.contains(&entry(&file, &hex(Sha256::digest(&text).as_slice()))) {
-                stale.push(file);
+                stale.push(file.clone());
             }
-            let text = match placeholder(&source, &text, architecture) {
-                Some(placeholder) => format!("{placeholder:?}"),
-                None => format!("include_str!({path:?})"),
-            };
-            writeln!(files, "({architecture:?}, concat!({text}, \"\\0\")),").unwrap();
+            let text = placeholder(&source, &text, architecture).unwrap_or(text);
+            let embedded = out.join(format!("{file}.deflated"));
+            fs::write(&embedded, deflate(&text)).unwrap();
+            writeln!(files, "({architecture:?}, include_bytes!({embedded:?})),").unwrap();
         }
         files += "] },\n";
         writeln!(sources, "({name:?}, {hash:?}),").unwrap();
@@ -66,7 +69,7 @@ fn main() {
          #[cfg(test)]\nstatic SOURCES: Option<&[(&str, &str)]> = {};\n",
         if stale.is_empty() { format!("Some(&[\n{sources}])") } else { "None".into() }
     );
-    fs::write(PathBuf::from(std::env::var("OUT_DIR").unwrap()).join("cuda_images.rs"), table).unwrap();
+    fs::write(out.join("cuda_images.rs"), table).unwrap();
     report(&stale);
 }
 
@@ -81,6 +84,11 @@ fn placeholder(source: &str, ptx: &str, architecture: &str) -> Option<String> {
     let head = format!(".version 8.7\n.target sm_{architecture}\n.address_size 64\n");
     let entries = names.iter().map(|name| format!(".visible .entry {name}()\n{{\ntrap;\n}}\n"));
     Some(entries.fold(head, |text, entry| text + &entry))
+}
+
+fn deflate(text: &str) -> Vec<u8> {
+    let mut encoder = DeflateEncoder::new(Vec::new(), Compression::best());
+    encoder.write_all(text.as_bytes()).and_then(|()| encoder.finish()).unwrap()
 }
 
 fn report(stale: &[String]) {

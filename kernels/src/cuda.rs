@@ -15,6 +15,7 @@
 //! * **A launch allocates nothing**, and works while a graph is captured. A [`Graph`] keeps the buffers
 //!   that it uses alive.
 
+mod attention;
 mod buffer;
 mod context;
 mod dense;
@@ -37,6 +38,7 @@ mod rows;
 mod sample;
 mod source;
 
+pub use attention::{GroupedAttention, LatentAttention, Places};
 pub use buffer::{Buffer, Plain, Slice};
 pub use dense::{
     Dense, DenseFormat, DenseGateUp, DenseHeads, DenseInput, DenseLayout, DenseShape, DenseValues,
@@ -46,7 +48,8 @@ pub use device::{Availability, Device, DeviceInfo, DeviceSummary, MemoryInfo};
 pub use error::{Cause, DeviceError};
 pub use event::Event;
 pub use experts::{
-    EXPERT_LEN, ExpertAddress, ExpertFormat, ExpertsDown, ExpertsUp, GroupedPairs, Multiply, Tiles, WeightAddress,
+    EXPERT_LEN, ExpertAddress, ExpertFormat, ExpertsDown, ExpertsUp, GroupedPairs, Multiply, Tiles,
+    WeightAddress,
 };
 pub use gather::Gather;
 pub use graph::Graph;

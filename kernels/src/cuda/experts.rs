@@ -63,7 +63,10 @@ impl ExpertFormat {
             ($format:literal, $variant:literal) => {
                 [
                     Kernel::new(concat!("experts_", $format), concat!("experts_up_", $format, "_", $variant)),
-                    Kernel::new(concat!("experts_", $format), concat!("experts_down_", $format, "_", $variant)),
+                    Kernel::new(
+                        concat!("experts_", $format),
+                        concat!("experts_down_", $format, "_", $variant),
+                    ),
                 ]
             };
         }

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::io::Read;
 use std::ptr;
 
 use cudarc::driver::sys;
+use flate2::read::DeflateDecoder;
 
 use super::context::{Context, lock};
 use super::device::DeviceInfo;
@@ -36,8 +38,8 @@ struct File {
     name: &'static str,
     /// Machine code for all architectures, in builds that carry it.
     machine_code: Option<&'static [u8]>,
-    /// Architecture and text, ended by a zero byte. `"80"` is always there and runs everywhere.
-    ptx: &'static [(&'static str, &'static str)],
+    /// Architecture and deflated text. `"80"` is always there and runs everywhere.
+    ptx: &'static [(&'static str, &'static [u8])],
 }
 
 // `FILES`, and for the tests `SOURCES` with the hash of each file; written by build.rs.
@@ -132,19 +134,24 @@ fn load_file(context: &Context, name: &str) -> Result<sys::CUmodule, DeviceError
             return loaded;
         }
     }
-    let (_, text) = choose(file.ptx, context.info.compute_capability)
+    let (_, deflated) = choose(file.ptx, context.info.compute_capability)
         .ok_or_else(|| DeviceError::refused(LOAD, format!("kernels/cuda/{name}.cu was never compiled")))?;
-    load_image(context, text.as_bytes(), Some(text))
+    let text = inflate(deflated);
+    load_image(context, text.as_bytes(), Some(&text))
+}
+
+/// An embedded text, ended by a zero byte. (Deflated it is a tenth as long, and so is what it adds to the program.)
+fn inflate(deflated: &[u8]) -> String {
+    let mut text = String::new();
+    DeflateDecoder::new(deflated).read_to_string(&mut text).expect("build.rs has deflated a text");
+    text + "\0"
 }
 
 /// The best PTX for a device: that of its own architecture, else the newest general one it runs.
 ///
 /// An architecture with a letter (`"90a"`) runs on exactly that compute capability, one without on that
 /// and every newer one.
-fn choose<'a>(
-    ptx: &'a [(&'static str, &'static str)],
-    (major, minor): (u32, u32),
-) -> Option<&'a (&'static str, &'static str)> {
+fn choose<'a, T>(ptx: &'a [(&'static str, T)], (major, minor): (u32, u32)) -> Option<&'a (&'static str, T)> {
     let own = major * 10 + minor;
     let rank = |architecture: &str| {
         let general = architecture.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
@@ -216,7 +223,7 @@ fn needed_driver(version: &str) -> &'static str {
 mod tests {
     use super::*;
 
-    fn chosen(ptx: &[(&'static str, &'static str)], capability: (u32, u32)) -> Option<&'static str> {
+    fn chosen<T>(ptx: &[(&'static str, T)], capability: (u32, u32)) -> Option<&'static str> {
         choose(ptx, capability).map(|(architecture, _)| *architecture)
     }
 
@@ -248,7 +255,8 @@ mod tests {
         for file in FILES {
             assert!(chosen(file.ptx, (8, 0)).is_some(), "{}: no PTX for compute capability 8.0", file.name);
             for (architecture, text) in file.ptx {
-                assert!(text.ends_with('\0'), "{} {architecture}", file.name);
+                let text = inflate(text);
+                assert!(text.contains(".version ") && text.ends_with('\0'), "{} {architecture}", file.name);
             }
         }
     }

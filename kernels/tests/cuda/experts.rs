@@ -3,8 +3,8 @@
 
 use half::bf16;
 use kernels::cuda::{
-    Buffer, Device, ExpertAddress, ExpertFormat, ExpertsDown, ExpertsUp, GroupedPairs, Multiply, Order, Planes,
-    Tiles, WeightAddress,
+    Buffer, Device, ExpertAddress, ExpertFormat, ExpertsDown, ExpertsUp, GroupedPairs, Multiply, Order,
+    Planes, Tiles, WeightAddress,
 };
 use kernels::experts::Activation;
 use kernels::format::{FP8_BLOCK, GROUP, Matrix, Values};
@@ -211,7 +211,8 @@ impl Case {
         // More room than there are units, as in a launch that does not know how many there will be.
         let mut list = units.concat();
         list.resize(list.len() + 8, u32::MAX);
-        let (list, unit_count) = (device.upload(&list).unwrap(), device.upload(&[units.len() as u32]).unwrap());
+        let (list, unit_count) =
+            (device.upload(&list).unwrap(), device.upload(&[units.len() as u32]).unwrap());
         let x = device.upload(&self.plane_rows(&self.x, self.hidden)).unwrap();
         let inner_stride = pairs * self.inter + 8;
         let inner = device.alloc::<bf16>(inner_stride * self.planes).unwrap();
@@ -239,7 +240,9 @@ impl Case {
             interleaved: self.interleaved,
         };
         up.launch(device).unwrap();
-        ExpertsDown { pairs: grouped, inner: inner_planes, count: pairs, out: out.all() }.launch(device).unwrap();
+        ExpertsDown { pairs: grouped, inner: inner_planes, count: pairs, out: out.all() }
+            .launch(device)
+            .unwrap();
         Outcome { inner: inner.read().unwrap(), inner_stride, out: out.read().unwrap() }
     }
 
@@ -342,7 +345,11 @@ fn upload(device: &Device, kept: &mut Vec<Buffer<u8>>, weight: &Weight) -> Weigh
     };
     let bias: Option<Vec<u8>> =
         weight.bias.as_ref().map(|bias| bias.iter().flat_map(|b| b.to_le_bytes()).collect());
-    WeightAddress { codes: put(&weight.codes), scales: put(&weight.scales), bias: put(&bias.unwrap_or_default()) }
+    WeightAddress {
+        codes: put(&weight.codes),
+        scales: put(&weight.scales),
+        bias: put(&bias.unwrap_or_default()),
+    }
 }
 
 /// Shapes whose last tiles are partial in every way that a format allows.
@@ -391,10 +398,16 @@ fn every_kernel_gives_the_same_bits() {
             let expected = first.bits(&case);
             // As alone; of every number of columns; more in a unit than a block takes at once.
             for unit in [1, 12, 31, 200] {
-                assert!(case.run(device, How { unit, ..FEW }).bits(&case) == expected, "{format:?} few {unit}");
+                assert!(
+                    case.run(device, How { unit, ..FEW }).bits(&case) == expected,
+                    "{format:?} few {unit}"
+                );
             }
             for (how, unit) in [(WIDE, 128), (WIDE, 50), (WGMMA, 128), (WGMMA, 50)] {
-                assert!(case.run(device, How { unit, ..how }).bits(&case) == expected, "{format:?} {how:?} {unit}");
+                assert!(
+                    case.run(device, How { unit, ..how }).bits(&case) == expected,
+                    "{format:?} {how:?} {unit}"
+                );
             }
             let case = Case { planes: 3, ..case };
             let expected = case.run(device, FEW).bits(&case);

@@ -39,6 +39,7 @@ impl Gpu {
 
 /// Which calls are counted, or fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "not every test crate uses all")]
 pub enum Kind {
     Any = 0,
     Allocation = 1,
@@ -47,6 +48,7 @@ pub enum Kind {
 
 /// How a call fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "not every test crate uses all")]
 pub enum How {
     /// This once.
     Once = 0,

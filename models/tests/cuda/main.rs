@@ -1,0 +1,206 @@
+//! The CUDA kernels as whole decoder layers and whole models: on the mock driver, or with `MOEBIUS_CUDA=device` on
+//! the machine's own device, against the reference runner and the golden cases.
+
+mod chain;
+#[path = "../../../kernels/tests/mock/mod.rs"]
+mod mock;
+mod ops;
+mod weights;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use chain::Chain;
+use kernels::attention::CacheType;
+use kernels::cuda::{Device, DeviceError};
+use models::reference::ReferenceRunner;
+use models::{Batch, Capacity, Checkpoint, Model, Point, Probe, Runner, WantLogits};
+use safetensors::SafeTensors;
+
+/// MLA and GQA, each with experts in every format; groups of experts, queries without a low rank, windows and
+/// sinks, biases, norms of heads and of whole projections.
+const CASES: [&str; 8] = [
+    "kimi_k2_int4",
+    "kimi_k2_fp8",
+    "deepseek_v3_groups",
+    "deepseek_v3_noq",
+    "qwen3_moe",
+    "gpt_oss_mxfp4",
+    "glm4_moe",
+    "minimax_m2",
+];
+/// f32 throughout: three planes of bf16 are the 24 bits of f32.
+const EXACT: (usize, CacheType) = (3, CacheType::F32);
+/// What models are published for.
+const MODEL: (usize, CacheType) = (1, CacheType::Bf16);
+/// Tolerances of the golden cases for an engine in f32.
+const MAX_ABS: f32 = 1e-3;
+const RELATIVE_L2: f64 = 1e-4;
+/// Of one layer, from the same input: f32 sums in two orders.
+const LAYER_L2: f64 = 1e-5;
+const BLOCKS: usize = 3;
+
+struct Case {
+    model: Arc<Model>,
+    folder: PathBuf,
+}
+
+impl Case {
+    fn open(name: &str) -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name);
+        let model = Model::open(Checkpoint::open(&folder).unwrap()).unwrap();
+        assert!(weights::supports(&model), "{name}");
+        Self { model, folder }
+    }
+
+    fn golden<T>(&self, name: &str, read: fn([u8; 4]) -> T) -> Vec<T> {
+        let bytes = std::fs::read(self.folder.join("golden.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        file.tensor(name).unwrap().data().as_chunks().0.iter().map(|b| read(*b)).collect()
+    }
+
+    fn prompt(&self, index: usize) -> Vec<u32> {
+        self.golden(&format!("prompt{index}.input_ids"), u32::from_le_bytes)
+    }
+}
+
+/// The residual stream before the first layer and after every layer.
+#[derive(Default)]
+struct Streams(Vec<Vec<f32>>);
+
+impl Probe for Streams {
+    fn wants(&self, _layer: usize, point: Point) -> bool {
+        matches!(point, Point::Embedding | Point::LayerOut)
+    }
+
+    fn value(&mut self, _layer: usize, _point: Point, values: &[f32]) {
+        self.0.push(values.to_vec());
+    }
+}
+
+fn relative_l2(want: &[f32], got: &[f32]) -> f64 {
+    assert_eq!(want.len(), got.len());
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let difference: f64 = want.iter().zip(got).map(|(a, b)| square(a - b)).sum();
+    let relative = (difference / want.iter().map(|a| square(*a)).sum::<f64>()).sqrt();
+    if relative.is_nan() { f64::INFINITY } else { relative }
+}
+
+fn max_abs(want: &[f32], got: &[f32]) -> f32 {
+    let differences = want.iter().zip(got).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, |most, x| if x.is_nan() { f32::INFINITY } else { most.max(x) })
+}
+
+/// Tokens of one sequence from a position on.
+fn tokens(ids: &[u32], first: usize, sequence: usize) -> Vec<(u32, usize, usize)> {
+    ids.iter().enumerate().map(|(i, id)| (*id, first + i, sequence)).collect()
+}
+
+/// The blocks of a sequence, not in order.
+fn table() -> Vec<u32> {
+    vec![1, 2, 0]
+}
+
+#[test]
+fn layers_match_the_reference_runner() {
+    mock::on_device(|device| {
+        for name in CASES {
+            let case = Case::open(name);
+            let prompt = case.prompt(0);
+            let mut streams = Streams::default();
+            let mut batch = Batch::default();
+            batch.push(&prompt, 0, &table(), WantLogits::None);
+            let capacity = Capacity::new(BLOCKS, prompt.len(), 1);
+            let mut runner = ReferenceRunner::new(case.model.clone(), capacity).unwrap();
+            runner.forward(&batch, &mut streams, &mut []).unwrap();
+
+            // Rows that are padding between and after must change nothing.
+            let chain = Chain::new(device, &case.model, EXACT, (prompt.len() + 3, BLOCKS)).unwrap();
+            chain.set(&tokens(&prompt, 0, 0), &[table()]).unwrap();
+            for (layer, pair) in streams.0.windows(2).enumerate() {
+                chain.set_stream(&pair[0]).unwrap();
+                chain.layer(device, layer).unwrap();
+                let got = chain.stream(pair[1].len()).unwrap();
+                let relative = relative_l2(&pair[1], &got);
+                println!("{name} layer {layer}: relative L2 {relative:.1e}");
+                assert!(relative <= LAYER_L2, "{name} layer {layer}: {relative:.1e}");
+            }
+        }
+    });
+}
+
+#[test]
+fn models_meet_the_golden_cases() {
+    mock::on_device(|device| {
+        for name in CASES {
+            let case = Case::open(name);
+            let (prompt, vocab) = (case.prompt(0), case.model.config.vocab);
+            let want = case.golden("prompt0.logits", f32::from_le_bytes);
+            let greedy = case.golden("prompt0.greedy_ids", u32::from_le_bytes);
+            // The prompt in two chunks, then a token at a time by one captured graph.
+            let chain = Chain::new(device, &case.model, EXACT, (4, BLOCKS)).unwrap();
+            let mut got = Vec::new();
+            for (i, chunk) in prompt.chunks(4).enumerate() {
+                chain.set(&tokens(chunk, 4 * i, 0), &[table()]).unwrap();
+                chain.step(device).unwrap();
+                got.extend(chain.logits.slice(..chunk.len() * vocab).read().unwrap());
+            }
+            let (largest, relative) = (max_abs(&want, &got), relative_l2(&want, &got));
+            println!("{name}: logits {largest:.1e}, relative L2 {relative:.1e}");
+            assert!(largest <= MAX_ABS && relative <= RELATIVE_L2, "{name}: {largest:.1e} {relative:.1e}");
+
+            let graph = device.capture(|| chain.step(device)).unwrap();
+            let mut logits = got[got.len() - vocab..].to_vec();
+            for (step, want) in greedy.iter().take(6).enumerate() {
+                let token = (0..vocab).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32;
+                assert_eq!(token, *want, "{name}: greedy token {step}");
+                chain.set(&tokens(&[token], prompt.len() + step, 0), &[table()]).unwrap();
+                graph.launch().unwrap();
+                logits = chain.logits.slice(..vocab).read().unwrap();
+            }
+        }
+    });
+}
+
+/// Logits of every token of a sequence, computed in steps of `rows` rows together with `others`.
+fn logits_of(
+    device: &Device,
+    chain: &Chain<'_>,
+    (ids, chunk): (&[u32], usize),
+    other: Option<&[u32]>,
+) -> Result<Vec<f32>, DeviceError> {
+    let vocab = chain.vocab();
+    let mut got = Vec::new();
+    for (i, part) in ids.chunks(chunk).enumerate() {
+        // The other sequence's tokens come first, so that rows and units move.
+        let mut rows = Vec::new();
+        if let Some(other) = other {
+            rows.extend(tokens(&other[i.min(other.len() - 1)..][..1], i, 1));
+        }
+        let first = rows.len();
+        rows.extend(tokens(part, i * chunk, 0));
+        chain.set(&rows, &[vec![1, 2], vec![0]])?;
+        chain.step(device)?;
+        got.extend(chain.logits.slice(first * vocab..rows.len() * vocab).read()?);
+    }
+    Ok(got)
+}
+
+#[test]
+fn a_token_has_the_same_bits_in_any_batch() {
+    mock::on_device(|device| {
+        for name in ["kimi_k2_int4", "gpt_oss_mxfp4"] {
+            let case = Case::open(name);
+            let (ids, other) = (case.prompt(0), case.prompt(1));
+            let run = |rows: usize, chunk: usize, other: Option<&[u32]>| {
+                let chain = Chain::new(device, &case.model, MODEL, (rows, BLOCKS)).unwrap();
+                let logits = logits_of(device, &chain, (&ids, chunk), other).unwrap();
+                logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            let alone = run(1, 1, None);
+            assert!(run(5, 5, None) == alone, "{name}: in chunks of 5");
+            assert!(run(17, 16, None) == alone, "{name}: at once");
+            assert!(run(9, 3, Some(&other)) == alone, "{name}: beside another sequence");
+        }
+    });
+}
