@@ -138,7 +138,7 @@ struct DenseBlock {
 
     DEVICE u8* stage(u32 slot) const { return stages + slot * STAGE_BYTES; }
 
-    // Starts the copies of a stage's weights, and of their scales.
+    // Starts the copies of a stage's weights, and of their scales. Of what does not exist no byte is read.
     DEVICE void copy_weights(u8* stage, u32 k) const {
         u32 line = threadIdx.x / LINE_CHUNKS, chunk = threadIdx.x % LINE_CHUNKS;
         const u8* source = from + u64(k) * (TRANSPOSED ? call.width : 1) * SIZE;
@@ -150,11 +150,10 @@ struct DenseBlock {
             if (FP8 && call.width % 16) {
                 // Lines of such a matrix are at multiples of eight bytes only, and end in the middle of a chunk.
                 u32 left = TRANSPOSED ? call.rows - row_block * ROWS - chunk * CHUNK : k_end - own_k;
-                copy_async_8(to, inside ? source : call.weights, inside ? 8 : 0);
-                bool second = inside && left > 8;
-                copy_async_8(to + 8, second ? source + 8 : call.weights, second ? 8 : 0);
+                copy_async_8(to, source, inside ? 8 : 0);
+                copy_async_8(to + 8, source + 8, inside && left > 8 ? 8 : 0);
             } else {
-                copy_async_16(to, inside ? source : call.weights, inside ? 16 : 0);
+                copy_async_16(to, source, inside ? 16 : 0);
             }
             source += copy_step;
             to += COPY_LINES * LINE;
@@ -166,9 +165,8 @@ struct DenseBlock {
         u32 at_row = first_row + (TRANSPOSED ? k - k_offset : output), at_column = TRANSPOSED ? output : k;
         u32 scale_width = (call.width + SCALE_BLOCK - 1) / SCALE_BLOCK;
         const float* scales = is_second(row) ? call.second_scales : call.scales;
-        bool inside = output < call.rows;
         const float* scale = scales + u64(at_row / SCALE_BLOCK) * scale_width + at_column / SCALE_BLOCK;
-        copy_async_4(stage + SCALES_AT + 4 * row, inside ? scale : scales, inside ? 4 : 0);
+        copy_async_4(stage + SCALES_AT + 4 * row, scale, output < call.rows ? 4 : 0);
     }
 
     // Where sixteen bytes of a stage's x come from; null if there are none. Threads keep to a chunk of the lines.
@@ -189,7 +187,7 @@ struct DenseBlock {
             u32 i = first + threadIdx.x, line = i / X_CHUNKS;
             if (X_COPIES % THREADS && i >= X_COPIES) break;
             const u16* source = x_source(line, k);
-            copy_async_16(x_place(stage, line), source ? source : call.x, source ? 16 : 0);
+            copy_async_16(x_place(stage, line), source, source ? 16 : 0);
         }
     }
 
@@ -393,28 +391,34 @@ struct DenseBlock {
 
     // Leaves the tile, of one piece, in the workspace. In the block that comes last it is then the sum of all.
     DEVICE bool share(u32* flag) const {
-        constexpr u32 ALL = TOKENS * ROWS / 4;
-        u32 pieces = gridDim.y, block = blockIdx.z * gridDim.x + blockIdx.x, live = live_tokens * (ROWS / 4);
-        Floats4* parts = call.workspace + u64(block) * pieces * ALL;
-        auto place = [&](u32 i) {
-            return reinterpret_cast<Floats4*>(tile_at(i / (ROWS / 4), i % (ROWS / 4) * 4));
-        };
-        for (u32 i = threadIdx.x; i < live; i += THREADS) parts[u64(blockIdx.y) * ALL + i] = *place(i);
+        constexpr u32 ALL = TOKENS * ROWS / 4, LINE = ROWS / 4;
+        static_assert(THREADS % LINE == 0);
+        u32 pieces = gridDim.y, block = blockIdx.z * gridDim.x + blockIdx.x, live = live_tokens * LINE;
+        Floats4* parts = call.workspace + u64(block) * pieces * ALL + threadIdx.x;
+        // This thread's places in the tile are as many lines apart.
+        auto* own = reinterpret_cast<Floats4*>(tile_at(threadIdx.x / LINE, threadIdx.x % LINE * 4));
+        constexpr u32 STEP = THREADS / LINE * TILE_STRIDE / 4;
+        Floats4 *to = parts + u64(blockIdx.y) * ALL, *from = own;
+#pragma unroll 1
+        for (u32 i = threadIdx.x; i < live; i += THREADS, to += THREADS, from += STEP) *to = *from;
         if (!arrives_last(call.counters + block, pieces, flag)) return false;
         // One after the other all pieces of a place, then of the next; but several are loaded before the first is
         // added, because the loads take far longer.
         constexpr u32 BATCH = 8;
         u32 load_place = threadIdx.x, load_piece = 0, piece = 0;
+        const Floats4* load_from = parts;
         Floats4 total{};
         for (u32 i = threadIdx.x; i < live;) {
             Floats4 loaded[BATCH];
 #pragma unroll
             for (u32 j = 0; j < BATCH; j++) {
                 if (load_place >= live) break;
-                loaded[j] = load_others(parts + u64(load_piece) * ALL + load_place);
+                loaded[j] = load_others(load_from);
+                load_from += ALL;
                 if (++load_piece < pieces) continue;
                 load_piece = 0;
                 load_place += THREADS;
+                load_from = parts + load_place - threadIdx.x;
             }
 #pragma unroll
             for (u32 j = 0; j < BATCH; j++) {
@@ -422,7 +426,8 @@ struct DenseBlock {
                 const Floats4& p = loaded[j];
                 total = {total.x + p.x, total.y + p.y, total.z + p.z, total.w + p.w};
                 if (++piece < pieces) continue;
-                *place(i) = total;
+                *own = total;
+                own += STEP;
                 total = {};
                 piece = 0;
                 i += THREADS;
