@@ -1,5 +1,5 @@
 //! Host kernels over buffers the caller owns: products from the published bytes, routing, expert
-//! feed-forward, attention, norms and rotations.
+//! feed-forward, attention, norms and rotations; and the same for CUDA devices in [`cuda`].
 //!
 //! This crate knows no model and no request. Every operation has a plain reference beside it
 //! (`reference.rs`), and three properties hold for all of them:
