@@ -194,7 +194,6 @@ fn program(device: &Device) -> Result<u64, DeviceError> {
     let case = Case::open("qwen3_moe");
     let chain = Chain::new(device, &case.model, MODEL, (2, BLOCKS))?;
     chain.set(&tokens(&case.prompt(0)[..2], 0, 0), &[table()])?;
-    chain.step(device)?;
     let graph = device.capture(|| chain.step(device))?;
     graph.launch()?;
     let logits = chain.logits.read()?;
