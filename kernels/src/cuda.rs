@@ -42,7 +42,7 @@ pub use attention::{GroupedAttention, LatentAttention, Places};
 pub use buffer::{Buffer, Plain, Slice};
 pub use dense::{
     Dense, DenseFormat, DenseGateUp, DenseHeads, DenseInput, DenseLayout, DenseShape, DenseValues,
-    DenseWeight, DenseWorkspace, DenseWorkspaceSize,
+    DenseWeight, DenseWorkspace, DenseWorkspaceSize, VendorProducts,
 };
 pub use device::{Availability, Device, DeviceInfo, DeviceSummary, MemoryInfo};
 pub use error::{Cause, DeviceError};

@@ -15,12 +15,17 @@
 //! over blocks, and the last block of some rows to arrive adds their pieces. For many tokens blocks are of 128 rows
 //! and take all pieces themselves.
 //!
+//! These kernels are the default for any number of tokens. [`VendorProducts`] is not: what it adds up in which order
+//! is its own.
+//!
 //! Weights may be read while the kernel before is still running: what writes a weight must have ended before the
 //! launch of whatever stands in front of its product.
 
 mod plan;
+mod vendor;
 
 pub use plan::{DenseLayout, DenseShape, DenseWorkspaceSize};
+pub use vendor::VendorProducts;
 
 use half::bf16;
 
@@ -185,14 +190,19 @@ impl Dense<'_> {
         }
     }
 
+    #[track_caller]
+    fn check(&self) {
+        self.weight.check();
+        self.x.check(self.tokens, self.weight.cols);
+        self.out.check(self.tokens, self.weight.rows, "dense: out");
+        assert!(self.bias.is_none_or(|bias| bias.len() >= self.weight.rows), "dense: one bias per output");
+    }
+
     /// # Panics
     /// If shapes differ or the workspace is too small.
     pub fn launch(&self, device: &Device) -> Result<(), DeviceError> {
         let (shape, tokens) = (self.shape(), self.tokens);
-        self.weight.check();
-        self.x.check(tokens, shape.columns);
-        self.out.check(tokens, shape.rows, "dense: out");
-        assert!(self.bias.is_none_or(|bias| bias.len() >= shape.rows), "dense: one bias per output");
+        self.check();
         if tokens * shape.rows == 0 {
             return Ok(());
         }
