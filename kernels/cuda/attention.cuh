@@ -11,9 +11,6 @@
 #pragma once
 #include "primitives.cuh"
 
-// Before a member function, where `DEVICE` would make it a static one.
-#define METHOD __device__ __forceinline__
-
 constexpr u32 PAGE = 64;
 constexpr float LOG2_E = 1.44269504088896340736f;
 // Spans of a row without a window, at most.

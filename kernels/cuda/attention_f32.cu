@@ -1,4 +1,5 @@
 // Attention in f32 throughout, and the joining of spans that were computed side by side.
+// architectures: 90
 #include "attention.cuh"
 
 // ---- The plain form: f32 caches, no tensor cores, one warp for a query head. It is what the others are held

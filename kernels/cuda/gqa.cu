@@ -9,6 +9,7 @@
 //
 // A block takes `tokens_per_block` consecutive tokens. Runs of them that belong to one sequence and cut their
 // context alike go through the tiles together; a prompt's are one run.
+// architectures: 90
 #include "attention.cuh"
 
 // What all blocks of a launch are told.
@@ -71,19 +72,19 @@ struct GqaBlock {
     Run run;
 
     // Query heads of a block, of those that share a key head.
-    METHOD u32 block_heads() const { return min(gqa.heads / gqa.kv_heads, groups * GROUP_ROWS); }
-    METHOD u32 head_blocks() const { return (gqa.heads / gqa.kv_heads + block_heads() - 1) / block_heads(); }
-    METHOD u32 kv_head() const { return blockIdx.y / head_blocks(); }
+    DEVICE u32 block_heads() const { return min(gqa.heads / gqa.kv_heads, groups * GROUP_ROWS); }
+    DEVICE u32 head_blocks() const { return (gqa.heads / gqa.kv_heads + block_heads() - 1) / block_heads(); }
+    DEVICE u32 kv_head() const { return blockIdx.y / head_blocks(); }
     // The last rows of a prompt see the most: they go first.
-    METHOD u32 first_token() const { return (gridDim.x - 1 - blockIdx.x) * gqa.tokens_per_block; }
+    DEVICE u32 first_token() const { return (gridDim.x - 1 - blockIdx.x) * gqa.tokens_per_block; }
 
     // Of this warp's group.
-    METHOD Float4* all_scores() const { return reinterpret_cast<Float4*>(shared) + warp_id() / warps * KEYS * 32; }
+    DEVICE Float4* all_scores() const { return reinterpret_cast<Float4*>(shared) + warp_id() / warps * KEYS * 32; }
     // Keys, then values, of a stage; of codes there is one, and the raw rows have the stages.
-    METHOD u8* tile_of(u32 stage, u32 which) const {
+    DEVICE u8* tile_of(u32 stage, u32 which) const {
         return shared + SCORE_BYTES + ((coded ? 0 : stage * 2) + which) * TILE_BYTES;
     }
-    METHOD u8* raw_of(u32 stage, u32 which) const {
+    DEVICE u8* raw_of(u32 stage, u32 which) const {
         return shared + SCORE_BYTES + 2 * TILE_BYTES + (stage * 2 + which) * RAW_BYTES;
     }
 
@@ -95,7 +96,7 @@ struct GqaBlock {
     };
 
     // Of the lane's two, `which`.
-    METHOD Row row(u32 which) const {
+    DEVICE Row row(u32 which) const {
         u32 row = warp_id() / warps * GROUP_ROWS + lane_id() / 4 + which * 8;
         u32 token = row / block_heads(), per = gqa.heads / gqa.kv_heads;
         u32 head = blockIdx.y % head_blocks() * block_heads() + row % block_heads();
@@ -103,12 +104,12 @@ struct GqaBlock {
         return {first_token() + token, kv_head() * per + head, there};
     }
 
-    METHOD u32 begin_of(u32 position) const {
+    DEVICE u32 begin_of(u32 position) const {
         return gqa.window && position >= gqa.window ? position + 1 - gqa.window : 0;
     }
 
     // The run of tokens from `first` on; false if that one is none.
-    METHOD bool find_run(u32 first) {
+    DEVICE bool find_run(u32 first) {
         u32 last = min(first_token() + gqa.tokens_per_block, gqa.tokens);
         run.first = first, run.end = first + 1;
         if (gqa.positions[first] < 0) return false;
@@ -133,7 +134,7 @@ struct GqaBlock {
 
     // The keys or values of a tile, as far as any row of the run sees them; zeros for the others, whatever the cache
     // holds there.
-    METHOD void load_half(u32 stage, u32 first, u32 which) const {
+    DEVICE void load_half(u32 stage, u32 first, u32 which) const {
         u32 columns = which ? gqa.value : gqa.key;
         u32 row_bytes = coded ? gqa.kv_heads * (columns + 4 * scales_of(columns)) : 2 * gqa.kv_heads * columns;
         const u8* from = (which ? gqa.values : gqa.keys) + cache_row(run.table, first) * row_bytes;
@@ -178,7 +179,7 @@ struct GqaBlock {
         }
     }
 
-    METHOD void load(u32 stage, u32 first, u32 end) const {
+    DEVICE void load(u32 stage, u32 first, u32 end) const {
         if (first < end) {
             load_half(stage, first, 0);
             load_half(stage, first, 1);
@@ -187,7 +188,7 @@ struct GqaBlock {
     }
 
     // From codes to values.
-    METHOD void decode(u32 stage) const {
+    DEVICE void decode(u32 stage) const {
 #pragma unroll 1
         for (u32 which = 0; which < 2; which++) {
 #pragma unroll 2
@@ -204,7 +205,7 @@ struct GqaBlock {
 
     // ---- One tile.
 
-    METHOD void load_queries(u32 (&queries)[STEPS][4]) const {
+    DEVICE void load_queries(u32 (&queries)[STEPS][4]) const {
 #pragma unroll
         for (int which = 0; which < 2; which++) {
             Row row = this->row(which);
@@ -220,7 +221,7 @@ struct GqaBlock {
     }
 
     // This warp's scores, not scaled.
-    METHOD void multiply_keys(const u8* tile, const u32 (&queries)[STEPS][4], float (&scores)[OWN_KEYS][4]) const {
+    DEVICE void multiply_keys(const u8* tile, const u32 (&queries)[STEPS][4], float (&scores)[OWN_KEYS][4]) const {
         u32 lane = lane_id(), first = warp_id() % warps * OWN_KEYS * 8;
         const u8* from = tile + (first + lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 16;
 #pragma unroll
@@ -241,7 +242,7 @@ struct GqaBlock {
     }
 
     // All scores of the tile.
-    METHOD void score(const u8* tile, const u32 (&queries)[STEPS][4], float (&scores)[KEYS][4]) const {
+    DEVICE void score(const u8* tile, const u32 (&queries)[STEPS][4], float (&scores)[KEYS][4]) const {
         if constexpr (warps == 1) {
             multiply_keys(tile, queries, scores);
         } else {
@@ -266,7 +267,7 @@ struct GqaBlock {
     }
 
     // What a row does not see counts nothing.
-    METHOD void mask(u32 first, const int (&positions)[2], float (&scores)[KEYS][4]) const {
+    DEVICE void mask(u32 first, const int (&positions)[2], float (&scores)[KEYS][4]) const {
         if (first >= run.all_low && first + TILE <= run.all_high) return;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -280,7 +281,7 @@ struct GqaBlock {
     }
 
     // values += weights * the tile's values, of this warp's columns.
-    METHOD void add_values(const u8* tile, const u32 (&weights)[KEYS][2], float (&values)[COLUMNS][4]) const {
+    DEVICE void add_values(const u8* tile, const u32 (&weights)[KEYS][2], float (&values)[COLUMNS][4]) const {
         u32 lane = lane_id();
         const u8* from = tile + lane % 16 * STRIDE + warp_id() % warps * COLUMNS * 16 + lane / 16 * 16;
 #pragma unroll
@@ -300,7 +301,7 @@ struct GqaBlock {
     // ---- Spans.
 
     // Writes what `span` gave the two rows, or joins it to what `out` holds.
-    METHOD void close(u32 span, const int (&positions)[2], const Softmax& state, Joined (&joined)[2],
+    DEVICE void close(u32 span, const int (&positions)[2], const Softmax& state, Joined (&joined)[2],
                       const float (&values)[COLUMNS][4]) const {
 #pragma unroll
         for (int which = 0; which < 2; which++) {
@@ -334,14 +335,14 @@ struct GqaBlock {
     }
 
     template <class F>
-    METHOD void for_columns(u32 column, F&& take) const {
+    DEVICE void for_columns(u32 column, F&& take) const {
 #pragma unroll
         for (int n = 0; n < COLUMNS; n++)
             if (column + n * 8 < gqa.value) take(n);
     }
 
     // All tiles of the run, or those of the one span that this block has of it.
-    METHOD void take_run(const u32 (&queries)[STEPS][4]) const {
+    DEVICE void take_run(const u32 (&queries)[STEPS][4]) const {
         u32 span = run.low / run.length, begin = run.low / TILE * TILE, end = run.high;
         if (gqa.partials) {
             span += blockIdx.z;
@@ -397,7 +398,7 @@ struct GqaBlock {
         }
     }
 
-    METHOD void take_block() {
+    DEVICE void take_block() {
         wait_for_previous();
         let_next_start();
         u32 queries[STEPS][4];

@@ -9,6 +9,7 @@
 //
 // The values are the first `latent` columns of the same tile. Rows of tiles are padded by 16 bytes, so the eight
 // rows of an 8x8 matrix lie in different banks. Widths are zero-filled up to what the kernel was compiled for.
+// architectures: 90
 #include "attention.cuh"
 
 // What all blocks of a launch are told.
@@ -53,39 +54,39 @@ struct MlaBlock {
     // Positions of a span, and past the last one that this block takes.
     u32 length, end;
 
-    METHOD u32 latent() const { return exact ? 2 * columns : mla.latent; }
-    METHOD u32 width() const { return exact ? 32 * steps : mla.latent + mla.rope; }
+    DEVICE u32 latent() const { return exact ? 2 * columns : mla.latent; }
+    DEVICE u32 width() const { return exact ? 32 * steps : mla.latent + mla.rope; }
     // What can be had again in an instruction or two is not kept: registers are scarce.
-    METHOD u32 warps() const { return blockDim.x / 32; }
-    METHOD u32 row_bytes() const {
+    DEVICE u32 warps() const { return blockDim.x / 32; }
+    DEVICE u32 row_bytes() const {
         return coded ? 2 * width() - latent() + 4 * scales_of(latent()) : 2 * width();
     }
     // The last rows of a prompt see the most: they go first.
-    METHOD u32 token() const { return gridDim.x - 1 - blockIdx.x; }
-    METHOD u32 warp_half() const { return warp_id() % 2; }
+    DEVICE u32 token() const { return gridDim.x - 1 - blockIdx.x; }
+    DEVICE u32 warp_half() const { return warp_id() % 2; }
     // Of the lane's two rows the first's; 8 heads on is the second's.
-    METHOD u32 head() const {
+    DEVICE u32 head() const {
         return blockIdx.y * (blockDim.x / 64 * GROUP_HEADS) + warp_id() / 2 * GROUP_HEADS + lane_id() / 4;
     }
 
     // Half scores: [warps][4][32 lanes].
-    METHOD Float4* halves() const { return reinterpret_cast<Float4*>(shared); }
+    DEVICE Float4* halves() const { return reinterpret_cast<Float4*>(shared); }
     // What is joined so far, of each warp's 16 rows.
-    METHOD Joined* joined() const { return reinterpret_cast<Joined*>(halves() + blockDim.x * 4); }
+    DEVICE Joined* joined() const { return reinterpret_cast<Joined*>(halves() + blockDim.x * 4); }
     // Queries of this thread that have no place in its registers.
-    METHOD Bytes16* spare_queries() const {
+    DEVICE Bytes16* spare_queries() const {
         return reinterpret_cast<Bytes16*>(joined() + blockDim.x / 2) + threadIdx.x;
     }
     // Tiles of bf16: `stages`, or one with codes.
-    METHOD u8* tile_of(u32 stage) const {
+    DEVICE u8* tile_of(u32 stage) const {
         return shared + blockDim.x * (68 + 16 * SPARE) + (coded ? 0 : stage * TILE_BYTES);
     }
     // Rows as they are in the cache, `stages` times.
-    METHOD u8* raw_of(u32 stage) const { return tile_of(0) + TILE_BYTES + stage * TILE * row_bytes(); }
+    DEVICE u8* raw_of(u32 stage) const { return tile_of(0) + TILE_BYTES + stage * TILE * row_bytes(); }
 
     // All pieces of 16 bytes of a tile: a row at a time for each warp.
     template <class F>
-    METHOD void for_chunks(F&& take) const {
+    DEVICE void for_chunks(F&& take) const {
         u32 lane = anew(lane_id());
 #pragma unroll 1
         for (u32 row = warp_id(); row < TILE; row += warps()) {
@@ -96,7 +97,7 @@ struct MlaBlock {
     }
 
     // Positions from `first` on, as far as they are seen; what follows is zero, whatever the cache holds there.
-    METHOD void load(u32 stage, u32 first) const {
+    DEVICE void load(u32 stage, u32 first) const {
         if (first < end) {
             u32 row_bytes = this->row_bytes();
             const u8* from = mla.cache + cache_row(table, first) * row_bytes;
@@ -121,7 +122,7 @@ struct MlaBlock {
     }
 
     // From codes to values.
-    METHOD void decode(u32 stage) const {
+    DEVICE void decode(u32 stage) const {
         u32 scales = latent(), plain = scales + 4 * scales_of(latent());
         for_chunks([&](u32 row, u32 chunk) {
             u32 column = chunk * 8;
@@ -140,7 +141,7 @@ struct MlaBlock {
     }
 
     // This warp's half of the depth as A fragments.
-    METHOD void load_queries(u32 (&queries)[steps - SPARE][4]) const {
+    DEVICE void load_queries(u32 (&queries)[steps - SPARE][4]) const {
         u32 width = this->width();
         const float* rows = mla.queries + (u64(token()) * mla.heads + head()) * width;
 #pragma unroll
@@ -164,7 +165,7 @@ struct MlaBlock {
     }
 
     // Scores of the tile that begins at `first`, of all its positions.
-    METHOD void score(const u8* tile, u32 first, const u32 (&queries)[steps - SPARE][4],
+    DEVICE void score(const u8* tile, u32 first, const u32 (&queries)[steps - SPARE][4],
                       float (&scores)[4][4]) const {
 #pragma unroll
         for (int n = 0; n < 4; n++) {
@@ -216,7 +217,7 @@ struct MlaBlock {
     }
 
     // values += weights * the tile's values, of this warp's columns.
-    METHOD void add_values(const u8* tile, const u32 (&weights)[4][2], float (&values)[MATRICES][4]) const {
+    DEVICE void add_values(const u8* tile, const u32 (&weights)[4][2], float (&values)[MATRICES][4]) const {
         u32 lane = lane_id();
         const u8* from = tile + lane % 16 * STRIDE + warp_half() * columns * 2 + lane / 16 * 16;
 #pragma unroll
@@ -234,7 +235,7 @@ struct MlaBlock {
     }
 
     // Writes the result of the span that begins at `span_begin`, or joins it to what `out` holds.
-    METHOD void close(u32 span_begin, const Softmax& state, const float (&values)[MATRICES][4]) const {
+    DEVICE void close(u32 span_begin, const Softmax& state, const float (&values)[MATRICES][4]) const {
         bool first = span_begin == 0, last = span_begin + length >= end;
         u32 token = anew(this->token()), first_head = anew(this->head());
         Joined* so_far = joined() + warp_id() * GROUP_HEADS + lane_id() / 4;
@@ -271,13 +272,13 @@ struct MlaBlock {
     }
 
     template <class F>
-    METHOD void for_columns(u32 column, F&& take) const {
+    DEVICE void for_columns(u32 column, F&& take) const {
 #pragma unroll
         for (int n = 0; n < int(MATRICES); n++)
             if (column + n * 8 < latent()) take(n);
     }
 
-    METHOD void run() {
+    DEVICE void run() {
         wait_for_previous();
         let_next_start();
         int position = mla.positions[token()];
