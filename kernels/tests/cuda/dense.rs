@@ -9,7 +9,7 @@ use kernels::experts::Activation;
 use kernels::{Matrix, Values, reference};
 
 use crate::common::{Format, Random, Weight, assert_close, bits};
-use crate::mock;
+use crate::mock::{self, Gpu};
 
 type Result<T = ()> = std::result::Result<T, DeviceError>;
 
@@ -162,7 +162,7 @@ fn dense_products_match_in_f64() {
         for format in FORMATS {
             for (planes, tokens) in [(1, 5), (3, 5), (1, 40), (3, 34), (1, 70)] {
                 for (shape, bias, add) in
-                    [((70, 264), true, false), ((33, 16), false, true), ((8, 648), true, true)]
+                    [((70, 264), true, false), ((33, 16), false, true), ((8, 2600), true, true)]
                 {
                     let case = Case { add, ..Case::new(&mut random, format, shape, bias) };
                     let input = Input::random(&mut random, tokens, shape.1, planes);
@@ -199,6 +199,30 @@ fn a_dense_token_has_the_same_bits_in_every_batch() {
             }
         }
     });
+}
+
+#[test]
+fn a_dense_token_has_the_same_bits_on_a_device_of_any_size() {
+    let mut seen = Vec::new();
+    // With two multiprocessors the blocks for many tokens take all pieces; with more they share them.
+    for gpu in [Gpu::H100, Gpu::H100.with_multiprocessors(2)] {
+        mock::on_device_like(gpu, |device| {
+            let mut random = Random(8);
+            for format in FORMATS {
+                for (planes, tokens) in [(1, 70), (3, 34)] {
+                    let input = Input::random(&mut random, tokens, 904, planes);
+                    let case = Case::new(&mut random, format, (72, 904), true);
+                    seen.push(bits(&case.run(device, &input).unwrap()));
+                    let [gate, up] = [(); 2].map(|()| Weight::random(&mut random, format, 45, 904));
+                    let pair = PairCase { gate, up, bias: None, activation: Activation::SiluGlu };
+                    let out = pair.run(device, &input).unwrap();
+                    seen.push(out.iter().map(|value| u32::from(value.to_bits())).collect());
+                }
+            }
+        });
+    }
+    let (large, small) = seen.split_at(seen.len() / 2);
+    assert_eq!(large, small);
 }
 
 #[test]
@@ -509,4 +533,9 @@ fn the_vendors_products_are_close_or_say_that_they_are_absent() {
         }
         assert!(vendor.launch(device, &Dense { tokens: 64, ..op }).is_err(), "few tokens");
     });
+}
+
+#[test]
+fn dense_products_stay_in_their_memory() {
+    mock::rerun_sanitized("dense::not_a_number");
 }
