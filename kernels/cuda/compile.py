@@ -5,6 +5,7 @@
     compile.py ptx --check       compile everything again and compare with what is committed
     compile.py fatbin            machine code for all architectures, for release builds (not committed)
     compile.py resources         rewrite kernels/cuda/ptx/resources.csv and print it
+    compile.py resources NAME... the same of those files only
     compile.py resources --check compare with it; exits with 1 and the differing lines
 
 The compilers come from NVIDIA's Python packages, pinned below, in virtual environments under target/; --nvrtc
@@ -304,21 +305,25 @@ def measure(nvcc, path, architecture):
     return [rows[name] for name in sorted(rows)]
 
 
-def known_rows():
-    """The committed rows of each file and architecture whose sources are still the same."""
+def known_rows(files):
+    """The committed rows of each file and architecture whose sources are the same or, with `files`, of all others."""
     known = {}
     for line in RESOURCES.read_text().splitlines()[1:] if RESOURCES.exists() else []:
         row = dict(zip(COLUMNS, line.split(",")))
         path = HERE / f"{row['file']}.cu"
-        if path.exists() and row["sources"] == source_hash(path)[:HASH_DIGITS]:
+        if not path.exists():
+            continue
+        if row["sources"] == source_hash(path)[:HASH_DIGITS] or (files and path.stem not in files):
             known.setdefault((path, row["architecture"]), []).append(row)
     return known
 
 
 def table(arguments):
     nvcc = Nvcc(arguments.nvcc)
-    known = {} if arguments.check else known_rows()
+    known = {} if arguments.check else known_rows(arguments.files)
     work = [(path, architecture) for path in kernel_files() for architecture in ARCHITECTURES]
+    # Of files that were not asked for: what is known, if anything is.
+    work = [unit for unit in work if unit in known or not arguments.files or unit[0].stem in arguments.files]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         rows = pool.map(lambda unit: known.get(unit) or measure(nvcc, *unit), work)
     lines = [",".join(COLUMNS)]
@@ -346,6 +351,7 @@ def resources(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["ptx", "fatbin", "resources"])
+    parser.add_argument("files", nargs="*", metavar="NAME", help="files without .cu (of resources only)")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--nvrtc", metavar="DIR", help="a virtual environment with NVRTC 12.8")
     parser.add_argument("--nvcc", metavar="DIR", help="a virtual environment with nvcc 13.0")
