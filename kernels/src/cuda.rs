@@ -17,6 +17,7 @@
 
 mod attention;
 mod buffer;
+pub mod check;
 mod context;
 mod dense;
 mod device;
