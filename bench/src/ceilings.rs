@@ -27,6 +27,8 @@ use crate::row::{Share, Times, median};
 pub enum Bound {
     /// Reading memory, bytes per second.
     ReadBandwidth,
+    /// Copying memory of a device, bytes per second that are read or written.
+    CopyBandwidth,
     /// Operations on f32, fused.
     F32,
     /// Products of bf16 summed in f32, by whatever instruction is fastest.
@@ -50,6 +52,7 @@ impl Bound {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::ReadBandwidth => "read_bandwidth",
+            Self::CopyBandwidth => "copy_bandwidth",
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::Int16 => "int16",
@@ -77,7 +80,8 @@ impl Ceilings {
     /// One of them.
     pub fn of(&self, bound: Bound) -> f64 {
         match bound {
-            Bound::ReadBandwidth => self.read_bandwidth,
+            // What streams through a host is measured by reading.
+            Bound::ReadBandwidth | Bound::CopyBandwidth => self.read_bandwidth,
             Bound::F32 => self.f32,
             Bound::Bf16 => self.bf16,
             Bound::Int16 => self.int16,

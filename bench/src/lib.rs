@@ -5,6 +5,7 @@
 pub mod ceilings;
 pub mod context;
 pub mod cost;
+pub mod gpu;
 pub mod machine;
 pub mod ops;
 pub mod quality;
@@ -42,6 +43,10 @@ pub enum Error {
     Io(io::Error),
     /// What cannot be measured, with the reason.
     Unsupported(String),
+    /// A device, and what was being done with it.
+    Device(String, kernels::cuda::DeviceError),
+    /// A check that found something wrong.
+    Wrong(String),
 }
 
 impl fmt::Display for Error {
@@ -49,7 +54,8 @@ impl fmt::Display for Error {
         match self {
             Self::Model(error) => error.fmt(f),
             Self::Io(error) => error.fmt(f),
-            Self::Unsupported(message) => f.write_str(message),
+            Self::Device(what, error) => write!(f, "{what}: {error}"),
+            Self::Unsupported(message) | Self::Wrong(message) => f.write_str(message),
         }
     }
 }

@@ -15,6 +15,8 @@ pub struct Machine {
     pub kernel: String,
     /// Day of the measurement, UTC.
     pub date: String,
+    /// What else computed: a device with its driver and clocks.
+    pub device: Option<String>,
 }
 
 impl Machine {
@@ -51,14 +53,18 @@ impl Machine {
             memory_bytes: kib * 1024,
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             date: date(days as i64),
+            device: None,
         }
     }
 
     /// All of it in one line, with the version of the program.
     pub fn line(&self) -> String {
-        let Self { cpu, cores, memory_bytes, kernel, date } = self;
+        let Self { cpu, cores, memory_bytes, kernel, date, device } = self;
+        let device = device.as_ref().map_or_else(String::new, |device| format!("{device}; "));
         let (gib, version) = (*memory_bytes as f64 / (1u64 << 30) as f64, env!("CARGO_PKG_VERSION"));
-        format!("machine: {cpu}; {cores} cores; {gib:.1} GiB; Linux {kernel}; moebius {version}; {date}")
+        format!(
+            "machine: {device}{cpu}; {cores} cores; {gib:.1} GiB; Linux {kernel}; moebius {version}; {date}"
+        )
     }
 }
 
