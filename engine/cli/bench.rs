@@ -1,6 +1,7 @@
 //! `moebius bench`: ceilings, kernels, prefill, decode and quality, measured beside the machine's own limits.
 
 mod context;
+mod gpu;
 mod swarm;
 
 use std::io::{self, ErrorKind, Write};
@@ -47,6 +48,8 @@ enum What {
     Context(context::ContextArgs),
     /// Many agents that share a prefix, on a whole engine
     Serve(swarm::ServeArgs),
+    /// A CUDA device: what it can do at most, whether kernels are right on it, and how fast they are
+    Gpu(gpu::GpuArgs),
     /// What coarser options cost: divergence from --numerics reference, agreement of the likeliest token
     Quality(QualityArgs),
 }
@@ -168,6 +171,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, Error> {
         What::Quality(args) => compare(args),
         What::Context(args) => context::run(args),
         What::Serve(args) => swarm::run(args),
+        What::Gpu(args) => gpu::run(args),
         What::Decode(args) => {
             let common = &args.common;
             let options = StepOptions { batch: args.batch as usize, ..common.options(args.context) };
@@ -271,20 +275,29 @@ fn measured(
     args: &RowsArgs,
     measure: impl FnOnce(&mut Output) -> Result<(), bench::Error>,
 ) -> Result<ExitCode, Error> {
-    let machine = Machine::detect();
+    measured_on(&Machine::detect(), args, false, measure)
+}
+
+/// The same on a machine that is known; with `follow`, rows that go to stdout as JSON are lines on stderr, too.
+fn measured_on(
+    machine: &Machine,
+    args: &RowsArgs,
+    follow: bool,
+    measure: impl FnOnce(&mut Output) -> Result<(), bench::Error>,
+) -> Result<ExitCode, Error> {
     let written = |error| {
         let path = args.csv.as_ref().map_or_else(String::new, |path| path.display().to_string());
         Error::Io(path, error)
     };
     if let Some(path) = &args.csv {
         // Before anything takes long: can it be written?
-        append_csv(path, &machine, &[]).map_err(written)?;
+        append_csv(path, machine, &[]).map_err(written)?;
     }
-    let mut output = Output { json: args.json, rows: Vec::new() };
+    let mut output = Output { json: args.json, follow, rows: Vec::new() };
     output.note(&machine.line());
     let result = measure(&mut output);
     if let Some(path) = &args.csv {
-        append_csv(path, &machine, &output.rows).map_err(written)?;
+        append_csv(path, machine, &output.rows).map_err(written)?;
     }
     result?;
     Ok(ExitCode::SUCCESS)
@@ -305,6 +318,7 @@ impl From<bench::Error> for Error {
 /// Rows to stdout as they come, and kept for the CSV.
 struct Output {
     json: bool,
+    follow: bool,
     rows: Vec<Row>,
 }
 
@@ -313,6 +327,9 @@ impl Sink for Output {
         let mut out = io::stdout().lock();
         if self.json {
             writeln!(out, "{}", row.json())?;
+            if self.follow {
+                eprintln!("{}", row.line());
+            }
         } else {
             if self.rows.is_empty() {
                 writeln!(out, "{}", table_head())?;
