@@ -59,9 +59,9 @@ fn one(
     let repeated = compare.differences(out.all().cast(), again.all().cast()).map_err(failed)?;
     // Each row alone; then without spans side by side.
     again.zero().map_err(failed)?;
-    for row in 0..rows.len() {
+    for (row, &(_, position)) in rows.iter().enumerate() {
         let places =
-            cache.places(positions.slice(row..row + 1), sequences.slice(row..row + 1), 0, rows[row].1 + 1);
+            cache.places(positions.slice(row..row + 1), sequences.slice(row..row + 1), 0, position + 1);
         let ends =
             (queries.slice(row * query..(row + 1) * query), again.slice(row * result..(row + 1) * result));
         let mut alone = cache.attention(mla, places, ends, &workspace);
@@ -70,8 +70,8 @@ fn one(
     }
     let alone = compare.differences(out.all().cast(), again.all().cast()).map_err(failed)?;
     let mut worst = 0.0f64;
-    for sequence in 0..lengths.len() {
-        let seen = seen(device, &cache, sequence, lengths[sequence]).map_err(failed)?;
+    for (sequence, &length) in lengths.iter().enumerate() {
+        let seen = seen(device, &cache, sequence, length).map_err(failed)?;
         for row in (0..rows.len()).filter(|&row| rows[row].0 == sequence) {
             let plain = plain(device, mla, &queries, row, &seen, rows[row].1 + 1).map_err(failed)?;
             let got = out.slice(row * result..(row + 1) * result);
