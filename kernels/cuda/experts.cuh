@@ -2,10 +2,10 @@
 // activation, then down. Weights are read as published, once per unit of work.
 //
 // `few` is for units of up to 64 tokens (32 with three planes): a block takes 64 rows of a weight, and as many
-// columns of eight tokens as the unit has. `wide` is for units of up to 128: a block takes 128 rows. A unit that has
-// more is taken in parts. All give the same bits. Blocks are as many as fit on the device, and take items (a unit, some
-// rows) by their number. `wgmma` is `wide` by other means, on devices that have them (sm_90a); that its sums have the
-// same bits there is for a device to show.
+// columns of eight tokens as the unit has. `wide` is for units of up to 128: a block takes 128 rows. A unit that
+// has more is taken in parts. All give the same bits. Blocks are as many as fit on the device, and take items (a
+// unit, some rows) by their number. `wgmma` is `wide` by other means, on devices that have them (sm_90a); that its
+// sums have the same bits there is for a device to show.
 //
 // A file per format has its kernels (KERNELS).
 #pragma once
@@ -79,12 +79,14 @@ DEVICE u32 position(u32 element, bool nibbles) {
     return nibbles ? element / 32 * 32 + j % 4 * 8 + t * 2 + j / 4 : element;
 }
 
-// What a block works on: `count` pairs of one expert from place `first` of the order on, and a block of rows. It lies
-// in shared memory, and is read again where it is needed: registers are for sums.
+// What a block works on: `count` pairs of one expert from place `first` of the order on, and a block of rows. It
+// lies in shared memory, and is read again where it is needed: registers are for sums.
 template <u32 tokens>
 struct Item {
     static constexpr u32 TOKENS = tokens;
     u32 expert, first, count, row_block;
+    // Number of the item, and how many of its unit's pairs are in this part and the parts before it.
+    u32 number, taken;
     // Of each token of the item its row in the planes.
     u32 rows[tokens];
 };
@@ -101,22 +103,32 @@ struct Grouped {
     // Calls `work` for each of the block's items.
     template <u32 tokens, class Work>
     MEMBER void for_each(Item<tokens>* item, u32 row_blocks, const Work& work) const {
-#pragma unroll 1
-        for (u32 i = blockIdx.x; i < *unit_count * row_blocks; i += gridDim.x) {
-            const Unit* unit = units + i / row_blocks;
-#pragma unroll 1
-            for (u32 first = 0; first < unit->count; first += tokens) {
-                // Done with the item before.
-                __syncthreads();
-                if (threadIdx.x == 0) {
-                    item->expert = unit->expert;
-                    item->first = unit->first + first;
-                    item->count = min(unit->count - first, tokens);
-                    item->row_block = i % row_blocks;
-                }
-                __syncthreads();
-                work();
-            }
+        if (threadIdx.x == 0) item->number = blockIdx.x, item->taken = 0;
+        for (;;) {
+            // Done with the item before.
+            __syncthreads();
+            if (threadIdx.x == 0) next(item, row_blocks);
+            __syncthreads();
+            if (item->count == 0) break;
+            work();
+        }
+    }
+
+    // By one thread: what is left of the unit, or the block's next item. A count of 0 ends it.
+    template <u32 tokens>
+    MEMBER void next(Item<tokens>* item, u32 row_blocks) const {
+        u32 number = item->number, taken = item->taken, items = *unit_count * row_blocks;
+        item->count = 0;
+        for (; number < items; number += gridDim.x, taken = 0) {
+            Unit unit = units[number / row_blocks];
+            if (taken >= unit.count) continue;
+            item->expert = unit.expert;
+            item->first = unit.first + taken;
+            item->count = min(unit.count - taken, tokens);
+            item->row_block = number % row_blocks;
+            item->number = number;
+            item->taken = taken + item->count;
+            break;
         }
     }
 
@@ -127,7 +139,8 @@ struct Grouped {
         static_assert(S::TOKENS <= S::THREADS && S::TOKENS <= Item::TOKENS, "a thread finds one token");
         Sums<S> sums = {};
         auto find_tokens = [&] {
-            if (u32 i = threadIdx.x; i < S::TOKENS) item->rows[i] = i < item->count ? row_of(item->first + i) : NONE;
+            u32 i = threadIdx.x;
+            if (i < S::TOKENS) item->rows[i] = i < item->count ? row_of(item->first + i) : NONE;
             wait_for_previous();
         };
         multiply_all<S, paired>(sums, shared, weights, {planes, plane_stride, item->rows}, find_tokens, multiply);
@@ -162,7 +175,8 @@ struct Up {
             bool spoilt[2] = {sums.watch[m].spoilt(0), sums.watch[m].spoilt(1)};
             // A whole number of eights: all lanes of the warp, or none.
             if (output >= inter) continue;
-            float bias[2] = {gate_bias ? gate_bias[output * row_step] : 0, up_bias ? up_bias[output * row_step] : 0};
+            float bias[2] = {gate_bias ? gate_bias[output * row_step] : 0,
+                             up_bias ? up_bias[output * row_step] : 0};
 #pragma unroll
             for (u32 n = 0; n < S::TOKEN_TILES; n++) {
                 float value[2];
@@ -179,9 +193,8 @@ struct Up {
     }
 
     // The lane has one output of two tokens; with the lane of the output that is stored beside it, it trades for
-    // both outputs of one.
-    // The lane has one output of the places `place` and the next; with the lane of the output that is stored beside
-    // it, it trades for both outputs of one.
+    // both outputs of one. The lane has one output of the places `place` and the next; with the lane of the output
+    // that is stored beside it, it trades for both outputs of one.
     MEMBER void store(const float (&value)[2], u32 output, u32 place, u32 end) const {
         u32 other = nibbles ? 4 : 1;
         bool second = output & other;
@@ -212,7 +225,8 @@ struct Down {
     template <class S, class Item, class Multiply>
     MEMBER void run(u8* shared, Item* item, const Multiply& multiply) const {
         const Weight& weight = in.experts[item->expert].down;
-        const WeightRows<false> weights = {{pointer<u8>(weight.codes), nullptr}, {pointer<u8>(weight.scales), nullptr},
+        const WeightRows<false> weights = {{pointer<u8>(weight.codes), nullptr},
+                                           {pointer<u8>(weight.scales), nullptr},
                                      1, item->row_block * S::ROWS, hidden, inter};
         auto place_of = [&](u32 place) { return place; };
         Sums<S> sums = in.sums<S>(shared, item, weights, place_of, multiply);
@@ -304,10 +318,12 @@ DEVICE void wgmma(const Side& side, u32 outputs, u8* shared, Item* item) {
 
 }  // namespace
 
-// ---- Kernels. Planes [planes][rows][k] are `stride` values apart; `unit_count` and the units are in device memory.
+// ---- Kernels. Planes [planes][rows][k] are `stride` values apart; `unit_count` and the units are in device
+// memory.
 
 #define GROUPED_PARAMETERS                                                                                     \
-    const Expert *experts, const u32 *order, const Unit *units, const u32 *unit_count, const u16 *planes, u64 stride
+    const Expert *experts, const u32 *order, const Unit *units, const u32 *unit_count, const u16 *planes,      \
+        u64 stride
 #define GROUPED {experts, order, units, unit_count, planes, stride}
 
 // x [planes][tokens][hidden] to inner [planes][place in the order][inter], for pairs token * ranks + rank.
@@ -337,12 +353,18 @@ DEVICE void wgmma(const Side& side, u32 outputs, u8* shared, Item* item) {
         wait_for_previous();                                                                                  \
     }
 
-#define KERNELS(format, Format)                                                                               \
-    UP_KERNEL(experts_up_##format##_few_1, 128, 4, FEW_TOKENS, 1, few<Format, 1>)                              \
+// `blocks` of the few on a multiprocessor: what registers allow. Code for sm_100 and later wants a few more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define FEW_BLOCKS(blocks) (blocks - 1)
+#else
+#define FEW_BLOCKS(blocks) blocks
+#endif
+#define KERNELS(format, Format, blocks)                                                                       \
+    UP_KERNEL(experts_up_##format##_few_1, 128, FEW_BLOCKS(blocks), FEW_TOKENS, 1, few<Format, 1>)        \
     UP_KERNEL(experts_up_##format##_few_3, 128, 2, EXACT_TOKENS, 3, few<Format, 3>)                            \
     UP_KERNEL(experts_up_##format##_wide, 256, 1, WIDE_TOKENS, 1, wide<Format>)                                \
     UP_KERNEL(experts_up_##format##_wgmma, 256, 1, WIDE_TOKENS, 1, wgmma<Format>)                              \
-    DOWN_KERNEL(experts_down_##format##_few_1, 128, 4, FEW_TOKENS, few<Format, 1>)                             \
+    DOWN_KERNEL(experts_down_##format##_few_1, 128, FEW_BLOCKS(blocks), FEW_TOKENS, few<Format, 1>)         \
     DOWN_KERNEL(experts_down_##format##_few_3, 128, 2, EXACT_TOKENS, few<Format, 3>)                           \
     DOWN_KERNEL(experts_down_##format##_wide, 256, 1, WIDE_TOKENS, wide<Format>)                               \
     DOWN_KERNEL(experts_down_##format##_wgmma, 256, 1, WIDE_TOKENS, wgmma<Format>)

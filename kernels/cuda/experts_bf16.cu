@@ -2,7 +2,7 @@
 // architectures: 90a
 #include "experts.cuh"
 
-KERNELS(bf16, Bf16)
+KERNELS(bf16, Bf16, 4)
 
 EXPORT(experts_up_bf16_few_1);
 EXPORT(experts_up_bf16_few_3);

@@ -2,7 +2,7 @@
 // architectures: 90a
 #include "experts.cuh"
 
-KERNELS(fp8, Fp8)
+KERNELS(fp8, Fp8, 3)
 
 EXPORT(experts_up_fp8_few_1);
 EXPORT(experts_up_fp8_few_3);

@@ -11,7 +11,7 @@
 
 #include "experts.cuh"
 
-KERNELS(int4, Int4)
+KERNELS(int4, Int4, 4)
 
 EXPORT(experts_up_int4_few_1);
 EXPORT(experts_up_int4_few_3);

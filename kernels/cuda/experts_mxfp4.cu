@@ -2,7 +2,7 @@
 // architectures: 90a
 #include "experts.cuh"
 
-KERNELS(mxfp4, Mxfp4)
+KERNELS(mxfp4, Mxfp4, 4)
 
 EXPORT(experts_up_mxfp4_few_1);
 EXPORT(experts_up_mxfp4_few_3);

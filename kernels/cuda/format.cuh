@@ -24,9 +24,9 @@ DEVICE u32 max_bf16x2(u32 a, u32 b) {
 // Not seen by other files, which may use the same names.
 namespace {
 
-// Where a lane reads in a tile of shared memory whose rows have `row_bytes` (64 or 128) bytes: 16-byte chunk c of row
-// r lies at c ^ r % 8 (c ^ r / 2 % 4), so that eight rows at the same chunk are in eight different quarters of the
-// banks. With 128 it is the device's own swizzle.
+// Where a lane reads in a tile of shared memory whose rows have `row_bytes` (64 or 128) bytes: 16-byte chunk c of
+// row r lies at c ^ r % 8 (c ^ r / 2 % 4), so that eight rows at the same chunk are in eight different quarters of
+// the banks. With 128 it is the device's own swizzle.
 template <u32 row_bytes>
 struct Swizzled {
     u32 row, chunk;
@@ -38,10 +38,10 @@ struct Swizzled {
     MEMBER u32 at(u32 further) const { return row + (chunk ^ further << 4); }
 };
 
-// Each format has: CODE_BITS; GROUP, the k whose products are summed before the scale (32, or a whole tile); SCALE_K,
-// SCALE_ROWS and SCALE_BYTES of a scale (0 bytes: none); `Block`, the codes of 16 rows and 32 k as a lane holds them,
-// with `load` and `fragment` of one of the two steps of 16 k (as multiply_bf16 takes it); and `Watch`, what `fragment`
-// notes on the way and the end of a row is told (of the lane's rows g and g + 8).
+// Each format has: CODE_BITS; GROUP, the k whose products are summed before the scale (32, or a whole tile);
+// SCALE_K, SCALE_ROWS and SCALE_BYTES of a scale (0 bytes: none); `Block`, the codes of 16 rows and 32 k as a lane
+// holds them, with `load` and `fragment` of one of the two steps of 16 k (as multiply_bf16 takes it); and `Watch`,
+// what `fragment` notes on the way and the end of a row is told (of the lane's rows g and g + 8).
 
 struct Unwatched {
     MEMBER bool spoilt(u32) const { return false; }
@@ -59,7 +59,8 @@ struct Bf16 {
     static MEMBER Block load(const u8* codes, u32 row, u32 at) {
         Block block;
         const Swizzled<row_bytes> place(row + lane_id() % 16, lane_id() / 16);
-        for (u32 step = 0; step < 2; step++) load_matrix_x4(block.words[step], codes + place.at(at * 4 + step * 2));
+        for (u32 step = 0; step < 2; step++)
+            load_matrix_x4(block.words[step], codes + place.at(at * 4 + step * 2));
         return block;
     }
     static MEMBER void fragment(u32 (&a)[4], const Block& block, u32 step, Watch&) {

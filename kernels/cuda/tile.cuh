@@ -1,7 +1,7 @@
 // Rows of a weight times gathered tokens, by one block: the loop over k that grouped products share.
 //
-// A tile is some rows of the weight by some k (codes as published, and their scales), beside the same k of up to so
-// many tokens; tiles follow each other through stages of shared memory, filled by asynchronous copies.
+// A tile is some rows of the weight by some k (codes as published, and their scales), beside the same k of up to
+// so many tokens; tiles follow each other through stages of shared memory, filled by asynchronous copies.
 //
 // Every shape sums in one order, so that an output has the same bits whichever computed it: groups of k ascending;
 // in a group, products of 16 k ascending into an f32 that starts from zero, of each the smallest plane first; then
@@ -26,8 +26,8 @@ struct Shape {
     static constexpr u32 ROWS = 16 * row_warps * row_tiles, TOKENS = 8 * token_warps * token_tiles;
     static constexpr u32 THREADS = 32 * row_warps * token_warps;
     static constexpr u32 TILE_K = tile_k, GROUP = Format::GROUP;
-    // A row of codes, and of scales: of the latter room for as much again, up to 8 bytes, because a row of scales may
-    // begin at any byte of a word.
+    // A row of codes, and of scales: of the latter room for as much again, up to 8 bytes, because a row of scales
+    // may begin at any byte of a word.
     static constexpr u32 ROW_BYTES = tile_k * Format::CODE_BITS / 8;
     static constexpr u32 SCALES = Format::SCALE_BYTES * tile_k / Format::SCALE_K;
     static constexpr u32 SCALE_PITCH = Format::SCALE_BYTES == 4 ? SCALES : SCALES < 8 ? 2 * SCALES : SCALES + 8;
@@ -36,7 +36,8 @@ struct Shape {
     static constexpr u32 TOKEN_TILE = planes * TOKENS * tile_k * 2;
     static constexpr u32 STAGE = CODE_TILE + TOKEN_TILE, SCALE_STAGE = ROWS * SCALE_PITCH;
     // Parts of 32 k at once: many columns have enough to do in one, and no registers for more.
-    static constexpr u32 PRODUCTS = row_tiles * token_tiles, UNROLL = PRODUCTS <= 2 ? tile_k / 32 : PRODUCTS <= 4 ? 2 : 1;
+    static constexpr u32 PRODUCTS = planes * row_tiles * token_tiles;
+    static constexpr u32 UNROLL = PRODUCTS == 1 ? 4 : PRODUCTS <= 4 ? 2 : 1;
     static constexpr u32 FIT = bytes / (STAGE + SCALE_STAGE);
     static constexpr u32 STAGES = FIT < 6 ? FIT : 6;
     static_assert(STAGES >= 2, "one tile is loaded while another is multiplied");
@@ -68,7 +69,8 @@ struct WeightRows {
     // The first scale of tile row `row`.
     template <class Format>
     MEMBER const u8* scale_row(u32 row) const {
-        return of_half(row, scales[0], scales[1]) + u64(output(row) / Format::SCALE_ROWS) * step * scale_row_bytes<Format>();
+        u64 scale_row = u64(output(row) / Format::SCALE_ROWS) * step;
+        return of_half(row, scales[0], scales[1]) + scale_row * scale_row_bytes<Format>();
     }
 };
 
@@ -130,32 +132,40 @@ struct ScaleCopies {
     static_assert(S::ROWS * PARTS <= S::THREADS, "a thread copies once");
 
     const u8* from;
-    u32 row, part, length;
+    // Bytes of the row from there on; where in the tile; copies of 4 bytes, or 0 for one of SIZE.
+    u32 length, to, words;
 
     MEMBER ScaleCopies(const WeightRows<paired>& weights) {
-        row = threadIdx.x / PARTS;
-        part = threadIdx.x % PARTS;
+        u32 row = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
         from = weights.template scale_row<Format>(row);
-        length = weights.output(row) < weights.outputs ? weights.template scale_row_bytes<Format>() : 0;
+        bool there = row < S::ROWS && weights.output(row) < weights.outputs;
+        length = there ? weights.template scale_row_bytes<Format>() : 0;
+        u32 before = Format::SCALE_BYTES == 4 ? 0 : u32(reinterpret_cast<u64>(from)) % SIZE;
+        words = before ? S::SCALES / 4 + 1 : 0;
+        if (words) {
+            from -= before % 4;
+            length = length && part == 0 ? length + before % 4 : 0;
+        } else {
+            from += part * SIZE;
+            length = length > part * SIZE ? length - part * SIZE : 0;
+        }
+        to = row * S::SCALE_PITCH + part * SIZE;
+        // Not a row, or another thread's: nothing is written.
+        if (row >= S::ROWS || (words && part)) to = NONE;
     }
 
     MEMBER void start(u8* scales, u32 tile) const {
-        if (S::SCALES == 0 || row >= S::ROWS) return;
-        u8* target = scales + row * S::SCALE_PITCH;
-        u32 before = u32(reinterpret_cast<u64>(from)) % SIZE;
-        if (Format::SCALE_BYTES == 4 || before == 0) {
-            u32 at = tile * S::SCALES + part * SIZE, left = at < length ? min(length - at, SIZE) : 0;
+        if (S::SCALES == 0 || to == NONE) return;
+        u32 at = tile * S::SCALES, left = length > at ? length - at : 0;
+        if (words == 0) {
             if (SIZE == 8)
-                copy_async_8(target + part * SIZE, from + at, left);
+                copy_async_8(scales + to, from + at, min(left, SIZE));
             else
-                copy_async_4(target + part * SIZE, from + at, left);
-        } else if (part == 0) {
-            before %= 4;
-            u32 end = before + length;
-            for (u32 i = 0; i <= S::SCALES; i += 4) {
-                u32 at = tile * S::SCALES + i;
-                copy_async_4(target + i, from - before + at, at < end ? min(end - at, 4u) : 0);
-            }
+                copy_async_4(scales + to, from + at, min(left, SIZE));
+        } else {
+#pragma unroll 1
+            for (u32 i = 0; i < words; i++, at += 4, left = left > 4 ? left - 4 : 0)
+                copy_async_4(scales + to + i * 4, from + at, min(left, 4u));
         }
     }
 };
@@ -179,7 +189,8 @@ struct TokenCopies {
             u8* target = tile + Swizzled<128>(token, chunk % 8).at(0);
 #pragma unroll
             for (u32 plane = 0; plane < S::PLANES; plane++)
-                copy_async_16(target + plane * S::TOKENS * S::TILE_K * 2, source + plane * tokens.stride * 2, bytes);
+                copy_async_16(target + plane * S::TOKENS * S::TILE_K * 2, source + plane * tokens.stride * 2,
+                              bytes);
         }
     }
 };
@@ -224,7 +235,8 @@ struct ScaleReader {
     MEMBER void read(float (&scale)[2], const u8* scales, u32 m, u32 group) const {
         using Format = typename S::Format;
         for (u32 i = 0; i < 2; i++)
-            scale[i] = Format::scale(scales + at[m][i] + group * Format::GROUP / Format::SCALE_K * Format::SCALE_BYTES);
+            scale[i] = Format::scale(scales + at[m][i] +
+                                     group * Format::GROUP / Format::SCALE_K * Format::SCALE_BYTES);
     }
 };
 
@@ -241,7 +253,7 @@ DEVICE void multiply_tile(Sums<S>& sums, const u8* codes, const u8* tokens, cons
         u32 a[S::ROW_TILES][2][4];
 #pragma unroll
         for (u32 m = 0; m < S::ROW_TILES; m++) {
-            if (S::GROUP == 32 || i == 0) reader.read(scale[m], scales, m, i);
+            if (S::GROUP == 32) reader.read(scale[m], scales, m, i);
             auto block = Format::template load<S::ROW_BYTES>(codes, Sums<S>::row() + m * 16, i);
 #pragma unroll
             for (u32 step = 0; step < 2; step++) Format::fragment(a[m][step], block, step, sums.watch[m]);
@@ -266,9 +278,11 @@ DEVICE void multiply_tile(Sums<S>& sums, const u8* codes, const u8* tokens, cons
     }
     if (S::GROUP > 32)
 #pragma unroll
-        for (u32 m = 0; m < S::ROW_TILES; m++)
+        for (u32 m = 0; m < S::ROW_TILES; m++) {
+            reader.read(scale[m], scales, m, 0);
 #pragma unroll
             for (u32 n = 0; n < S::TOKEN_TILES; n++) add_group<Format>(sums.of[m][n], group[m][n], scale[m]);
+        }
 }
 
 // Multiplies all of k; `shared` has S::STAGES of S::STAGE and as many of S::SCALE_STAGE bytes. `find_tokens` is
@@ -329,8 +343,8 @@ struct ByMma {
 };
 
 #ifdef HAS_WGMMA
-// Multiplies by wgmma, 64 tokens at a time: a warp group has 64 rows. One half's sums are added up while the other half
-// is multiplied, and a group's codes become bf16 while the one before is multiplied.
+// Multiplies by wgmma, 64 tokens at a time: a warp group has 64 rows. One half's sums are added up while the other
+// half is multiplied, and a group's codes become bf16 while the one before is multiplied.
 struct ByWgmma {
     MEMBER void before_barrier() const { fence_for_wgmma(); }
 

@@ -1,8 +1,8 @@
 // Products of a warp group: four warps multiply together, and go on before it is done (wgmma, sm_90a).
 //
-// The second operand lies in shared memory as [columns][64 k] of bf16, rows of 128 bytes swizzled as the device does
-// (Swizzled<128>), at a multiple of 1024 bytes. In the emulator a product is computed when it is waited for, from
-// what shared memory holds then.
+// The second operand lies in shared memory as [columns][64 k] of bf16, rows of 128 bytes swizzled as the device
+// does (Swizzled<128>), at a multiple of 1024 bytes. In the emulator a product is computed when it is waited for,
+// from what shared memory holds then.
 #pragma once
 
 #include "primitives.cuh"
@@ -63,7 +63,8 @@ inline OpenProducts& open_products() {
     const Place& at = place();
     OpenProducts& mine = all[at.rank / 128];
     // What a block left open ends with it.
-    if (mine.block.x != at.block.x || mine.block.y != at.block.y || mine.block.z != at.block.z) mine.products.clear();
+    bool same = mine.block.x == at.block.x && mine.block.y == at.block.y && mine.block.z == at.block.z;
+    if (!same) mine.products.clear();
     mine.block = at.block;
     return mine;
 }
@@ -86,7 +87,8 @@ inline void open_product(void** lanes) {
         fault("an operand of wgmma does not begin at a swizzled row");
     for (u32 lane = 0; lane < 128; lane++) {
         auto* one = static_cast<WarpgroupProduct*>(lanes[lane]);
-        if (one->b != first->b || one->add != first->add) fault("threads of a warp group multiply different things");
+        if (one->b != first->b || one->add != first->add)
+            fault("threads of a warp group multiply different things");
         product.d[lane] = one->d;
         memcpy(product.a[lane], one->a, sizeof(product.a[lane]));
     }
@@ -155,8 +157,8 @@ DEVICE void wgmma_settle(float (&d)[8][4]) {
 #endif
 }
 
-// d = a * b, or with `add` d += a * b, where a is [64 rows, 16 k] and b [16 k, 64 columns]. Warp w has rows 16 w and on:
-// a and each eight columns of d as multiply_bf16. `b` points to the first of the 16 k in the first column.
+// d = a * b, or with `add` d += a * b, where a is [64 rows, 16 k] and b [16 k, 64 columns]. Warp w has rows 16 w
+// and on: a and each eight columns of d as multiply_bf16. `b` points to the first of the 16 k in the first column.
 DEVICE void wgmma_bf16_n64(float (&d)[8][4], const u32 (&a)[4], const u8* b, bool add) {
 #ifdef __CUDACC__
     // Swizzle of 128 bytes; 1024 bytes from eight columns to the next.

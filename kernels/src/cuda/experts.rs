@@ -1,10 +1,11 @@
-//! The feed-forward of routed experts: gate and up with the activation, then down, for pairs of a token and an
-//! expert that were grouped ([`super::Group`]). `kernels/cuda/experts.cuh`; the reference is [`crate::reference::ffn`].
+//! The feed-forward of routed experts: gate and up with the activation, then down, for pairs of a token and
+//! an expert that were grouped ([`super::Group`]). `kernels/cuda/experts.cuh`; the reference is
+//! [`crate::reference::ffn`].
 //!
-//! Inputs are planes of bf16 in the order that the format of the weights wants ([`ExpertFormat::order`]); sums are
-//! f32. A pair's output has the same bits whatever the other pairs are, however they are cut into units, and
-//! whichever [`Tiles`] compute it; [`Multiply::Wgmma`] gives the same bits in the emulator, and on a device once a
-//! check there says so.
+//! Inputs are planes of bf16 in the order that the format of the weights wants ([`ExpertFormat::order`]);
+//! sums are f32. A pair's output has the same bits whatever the other pairs are, however they are cut into
+//! units, and whichever [`Tiles`] compute it; [`Multiply::Wgmma`] gives the same bits in the emulator, and on
+//! a device once a check there says so.
 
 use super::buffer::Slice;
 use super::device::Device;
@@ -119,7 +120,8 @@ impl Variant {
         }
     }
 
-    /// Threads of a block, its dynamic shared memory, and the rows of a weight that it takes. As in experts.cuh.
+    /// Threads of a block, its dynamic shared memory, and the rows of a weight that it takes. As in
+    /// experts.cuh.
     fn shape(self) -> (u32, usize, usize) {
         match self {
             Self::Few => (128, (49 << 10) - 384, 64),
@@ -177,8 +179,8 @@ impl ExpertAddress {
         experts.iter().flat_map(|expert| [&expert.gate, &expert.up, &expert.down]).flat_map(weight).collect()
     }
 
-    /// Of an expert whose gate and up are the even and the odd rows of one weight `gate_up`, with `hidden` columns
-    /// and a bias for every row.
+    /// Of an expert whose gate and up are the even and the odd rows of one weight `gate_up`, with `hidden`
+    /// columns and a bias for every row.
     ///
     /// # Panics
     /// In FP8, whose scales belong to blocks of rows.
@@ -237,9 +239,9 @@ impl GroupedPairs<'_> {
         assert!(self.units.len().is_multiple_of(UNIT_LEN), "{what}: list of units");
         assert!(self.units.address().is_multiple_of(16), "{what}: list of units that is not aligned");
         assert!(!self.unit_count.is_empty(), "{what}: number of units");
-        // Items are counted in 32 bits.
+        // Items are counted in 32 bits, with room for a step past the last.
         let items = self.units.len() / UNIT_LEN * outputs;
-        assert!(u32::try_from(items).is_ok(), "{what}: {items} rows of units");
+        assert!(i32::try_from(items).is_ok(), "{what}: {items} rows of units");
     }
 
     /// One of the two products: as many blocks as the device holds, or as there may be items.

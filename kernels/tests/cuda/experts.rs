@@ -1,5 +1,5 @@
-//! Experts on the device against plain sums in f64, which round where the kernels round; and against each other, bit
-//! for bit.
+//! Experts on the device against plain sums in f64, which round where the kernels round; and against each
+//! other, bit for bit.
 
 use half::bf16;
 use kernels::cuda::{
@@ -302,7 +302,7 @@ impl Case {
     fn close(&self, value: f64, expected: f64, tolerance: f64, (what, row, column): (&str, usize, usize)) {
         let Self { format, hidden, inter, planes, .. } = self;
         assert!(
-            (value - expected).abs() <= tolerance,
+            (value - expected).abs() <= tolerance || value.is_nan() && expected.is_nan(),
             "{format:?} {hidden} x {inter}, {planes} planes: {what} {row}, {column}: {value}, not {expected}"
         );
     }
@@ -319,6 +319,7 @@ struct How {
 const FEW: How = How { tiles: Tiles::Few, multiply: Multiply::Mma, unit: 64 };
 const WIDE: How = How { tiles: Tiles::Wide, multiply: Multiply::Mma, unit: 128 };
 const WGMMA: How = How { tiles: Tiles::Wide, multiply: Multiply::Wgmma, unit: 128 };
+const ALL: [How; 3] = [FEW, WIDE, WGMMA];
 
 struct Outcome {
     inner: Vec<bf16>,
@@ -361,11 +362,25 @@ fn shapes(format: ExpertFormat) -> &'static [(usize, usize)] {
 }
 
 #[test]
-fn one_int4_expert_is_right() {
+fn int4_is_right_in_every_order() {
     mock::in_every_order(|device| {
         let case = Case::new(ExpertFormat::Int4, (256, 64), 1, &[1, 5, 0, 12]);
-        for how in [FEW, WIDE, WGMMA] {
+        for how in ALL {
             case.check(&case.run(device, how));
+        }
+    });
+}
+
+#[test]
+fn other_formats_are_right_in_every_order() {
+    mock::in_every_order(|device| {
+        for (format, shape) in FORMATS.into_iter().zip([(136, 72), (264, 136), (96, 64), (288, 32)]) {
+            let case = Case::new(format, shape, 1, &[9, 1]).gpt_oss();
+            for how in ALL {
+                case.check(&case.run(device, how));
+            }
+            let case = Case { planes: 3, ..case };
+            case.check(&case.run(device, FEW));
         }
     });
 }
@@ -385,6 +400,50 @@ fn every_format_is_right_in_every_shape() {
             }
         }
     });
+}
+
+#[test]
+fn what_is_not_a_number_stays_in_its_row() {
+    mock::on_device(|device| {
+        for how in ALL {
+            for format in [ExpertFormat::Fp8, ExpertFormat::Mxfp4] {
+                let case = || Case::new(format, (160, 96), 1, &[3, 2]);
+                let plant = |weight: &mut Weight, row: usize, column: usize| match format {
+                    ExpertFormat::Fp8 => {
+                        weight.codes[row * weight.columns + column] = 0x7f | (row as u8) << 7
+                    }
+                    _ => weight.scales[row * weight.columns / GROUP + column / GROUP] = 255,
+                };
+                let mut gate = case();
+                plant(&mut gate.experts[1].gate, 41, 159);
+                let outcome = gate.run(device, how);
+                gate.check(&outcome);
+                assert!(gate.inner_row(&outcome, 4)[41].is_nan());
+                let mut down = case();
+                plant(&mut down.experts[0].down, 8, 3);
+                plant(&mut down.experts[1].down, 159, 90);
+                let outcome = down.run(device, how);
+                down.check(&outcome);
+                assert_eq!(outcome.out.iter().filter(|value| value.is_nan()).count(), 5 + down.hidden);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_missing_wait_shows() {
+    mock::assert_caught("FAULT_NO_COPY_WAIT", "experts::int4_is_right_in_every_order");
+}
+
+#[test]
+fn a_wrong_fragment_shows() {
+    mock::assert_caught("FAULT_FRAGMENT_INDEX", "experts::int4_is_right_in_every_order");
+}
+
+#[test]
+fn nothing_is_out_of_bounds() {
+    mock::rerun_sanitized("experts::every_format");
+    mock::rerun_sanitized("experts::what_is");
 }
 
 #[test]
@@ -415,5 +474,21 @@ fn every_kernel_gives_the_same_bits() {
                 assert!(case.run(device, how).bits(&case) == expected, "{format:?}, 3 planes: {how:?}");
             }
         }
+    });
+}
+
+#[test]
+fn blocks_take_more_than_one_item() {
+    mock::on_device(|device| {
+        let case = Case::new(ExpertFormat::Int4, (64, 64), 1, &[0, 600, 1]);
+        let expected = case.run(device, FEW);
+        case.check(&expected);
+        for how in ALL {
+            let how = How { unit: 1, ..how };
+            assert!(case.run(device, how).bits(&case) == expected.bits(&case), "{how:?}");
+        }
+        // And none at all.
+        let case = Case { offsets: vec![0; 4], ..case };
+        case.run(device, FEW);
     });
 }
