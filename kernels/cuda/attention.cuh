@@ -1,10 +1,10 @@
 // What the attention kernels share: spans, the softmax of a tile, how spans are joined, and 8-bit cache rows.
 //
 // A row (a query of one head) sees positions in tiles, ascending, and tiles in spans, both from absolute position
-// 0. Softmax is kept online inside a span; spans are joined ascending by `join`. Where tiles and spans begin depends
-// on the row's own position only, and every step below has one order of operations (no compiler may contract
-// what is written with `multiply` and `fmaf`), so it makes no difference to a row's bits which kernel took a span,
-// what other rows were with it, and whether its spans went one after another or side by side.
+// 0. Softmax is kept online inside a span; spans are joined ascending by `join`. Where tiles and spans begin
+// depends on the row's own position only, and every step below has one order of operations (no compiler may
+// contract what is written with `multiply` and `fmaf`), so it makes no difference to a row's bits which kernel
+// took a span, what other rows were with it, and whether its spans went one after another or side by side.
 //
 // Scores are kept times log2(e): softmax is in powers of two. They and their sums are f32; weights are rounded to
 // bf16 for the product with the values, and it is the rounded ones that are summed.
@@ -79,12 +79,14 @@ DEVICE float base_of(float maximum) { return maximum == minus_infinity() ? 0 : m
 // `keep` is what the row's values so far are to be multiplied by. A tile of which a row sees nothing (all -inf)
 // changes nothing of the row.
 template <int columns>
-DEVICE void soften(const float (&scores)[columns][4], u32 (&weights)[columns][2], Softmax& state, float (&keep)[2]) {
+DEVICE void soften(const float (&scores)[columns][4], u32 (&weights)[columns][2], Softmax& state,
+                   float (&keep)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         float maximum = state.maximum[row];
 #pragma unroll
-        for (int n = 0; n < columns; n++) maximum = fmaxf(maximum, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));
+        for (int n = 0; n < columns; n++)
+            maximum = fmaxf(maximum, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));
         maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, 1));
         maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, 2));
         float base = base_of(maximum), sum = 0;
@@ -109,6 +111,15 @@ DEVICE void rescale(float (&values)[columns][4], const float (&keep)[2]) {
     for (int n = 0; n < columns; n++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) values[n][i] *= keep[i / 2];
+    }
+}
+
+template <int columns>
+DEVICE void clear(float (&values)[columns][4]) {
+#pragma unroll
+    for (int n = 0; n < columns; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) values[n][i] = 0;
     }
 }
 
@@ -157,8 +168,8 @@ constexpr u32 CODES_PER_SCALE = 128;
 
 DEVICE u32 scales_of(u32 width) { return (width + CODES_PER_SCALE - 1) / CODES_PER_SCALE; }
 
-// Two e4m3 codes in the high bytes of both halves as bf16, exactly: shifted to where bf16 has its exponent they are
-// 2^-120 of their value, those without leading one as well.
+// Two e4m3 codes in the high bytes of both halves as bf16, exactly: shifted to where bf16 has its exponent they
+// are 2^-120 of their value, those without leading one as well.
 DEVICE u32 e4m3_pair(u32 codes) {
     u32 small = (codes & 0x7f007f00) >> 4 | (codes & 0x80008000);
     return fma_bf16x2(small, 0x7b807b80, 0x80008000);

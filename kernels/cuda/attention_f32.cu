@@ -8,8 +8,8 @@
 constexpr u32 PLAIN_TILE = 32;
 constexpr u32 PLAIN_COLUMNS = 16;
 
-// Grid [tokens, heads / 4], 128 threads. Of the caches, rows of `key_row` and `value_row` values, a head's `key` and
-// `value` columns; for latents both are the same cache. `window` 0: none. Up to 512 values.
+// Grid [tokens, heads / 4], 128 threads. Of the caches, rows of `key_row` and `value_row` values, a head's `key`
+// and `value` columns; for latents both are the same cache. `window` 0: none. Up to 512 values.
 extern "C" __global__ void __launch_bounds__(128)
     attention_f32(const float* queries, const float* keys, const float* values, const int* positions,
                   const int* sequences, const int* tables, u32 table_width, u32 heads, u32 kv_heads, u32 key,
@@ -58,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     float last = last_factor(all, sinks, head);
     for (u32 i = 0; i < PLAIN_COLUMNS; i++)
-        if (lane + 32 * i < value) out[(u64(token) * heads + head) * value + lane + 32 * i] = multiply(joined[i], last);
+        if (lane + 32 * i < value)
+            out[(u64(token) * heads + head) * value + lane + 32 * i] = multiply(joined[i], last);
 }
 EXPORT(attention_f32);
 
@@ -69,8 +70,8 @@ constexpr u32 MERGE_WARPS = 8;
 // Grid [tokens, heads], a warp for every 64 values. `partials` as latent and grouped attention leave them:
 // [tokens, spans, heads, value], then [tokens, spans, heads, {maximum, sum}], with a row's first span at 0.
 extern "C" __global__ void __launch_bounds__(256)
-    attention_merge(const float* partials, const int* positions, const float* sinks, float* out, u32 spans, u32 heads,
-                    u32 value, u32 window) {
+    attention_merge(const float* partials, const int* positions, const float* sinks, float* out, u32 spans,
+                    u32 heads, u32 value, u32 window) {
     wait_for_previous();
     let_next_start();
     u32 token = blockIdx.x, head = blockIdx.y, lane = lane_id();

@@ -1,11 +1,11 @@
 // Grouped-query attention with windows and sinks.
 //
-// A row is a query of one head. Rows whose heads share a key head go together, 16 to a fragment: `groups` of 16 in a
-// block, each by `warps` warps. Prompts take four groups of one warp, single tokens one group of four (the widest heads
-// always two warps to a group): where there are several
-// a warp computes the scores of a quarter of a tile's keys, all warps get all scores through
-// shared memory and do the same softmax, and each owns a quarter of the value columns. An element of either product
-// is the same sum in both forms, and softmax sees the same numbers in the same lanes: the same bits.
+// A row is a query of one head. Rows whose heads share a key head go together, 16 to a fragment: `groups` of 16 in
+// a block, each by `warps` warps. Prompts take four groups of one warp, single tokens one group of four (the
+// widest heads always two warps to a group): where there are several a warp computes the scores of a quarter of a
+// tile's keys, all warps get all scores through shared memory and do the same softmax, and each owns a quarter of
+// the value columns. An element of either product is the same sum in both forms, and softmax sees the same numbers
+// in the same lanes: the same bits.
 //
 // A block takes `tokens_per_block` consecutive tokens. Runs of them that belong to one sequence and cut their
 // context alike go through the tiles together; a prompt's are one run.
@@ -132,8 +132,8 @@ struct GqaBlock {
 
     // ---- Tiles.
 
-    // The keys or values of a tile, as far as any row of the run sees them; zeros for the others, whatever the cache
-    // holds there.
+    // The keys or values of a tile, as far as any row of the run sees them; zeros for the others, whatever the
+    // cache holds there.
     DEVICE void load_half(u32 stage, u32 first, u32 which) const {
         u32 columns = which ? gqa.value : gqa.key;
         u32 row_bytes = coded ? gqa.kv_heads * (columns + 4 * scales_of(columns)) : 2 * gqa.kv_heads * columns;
@@ -224,11 +224,7 @@ struct GqaBlock {
     DEVICE void multiply_keys(const u8* tile, const u32 (&queries)[STEPS][4], float (&scores)[OWN_KEYS][4]) const {
         u32 lane = lane_id(), first = warp_id() % warps * OWN_KEYS * 8;
         const u8* from = tile + (first + lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 16;
-#pragma unroll
-        for (int n = 0; n < OWN_KEYS; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) scores[n][i] = 0;
-        }
+        clear(scores);
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
 #pragma unroll
@@ -358,44 +354,39 @@ struct GqaBlock {
             positions[which] = mine ? gqa.positions[row.token] : -1;
         }
         Joined joined[2] = {nothing_joined(), nothing_joined()};
-        float values[COLUMNS][4];
-        Softmax state;
-        bool fresh = true;
         u32 stage = 0;
         load(0, begin, end);
-        for (u32 first = begin; first < end; first += TILE) {
-            if (fresh) {
-                fresh = false;
-                state = fresh_softmax();
-#pragma unroll
-                for (int n = 0; n < COLUMNS; n++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) values[n][i] = 0;
-                }
-            }
-            copy_wait<0>();
-            // All copies of this tile are there, and nobody reads the one before any more.
-#ifndef FAULT_NO_BARRIER
-            __syncthreads();
-#endif
-            load(stage ^ 1, first + TILE, end);
-            if constexpr (coded) {
-                decode(stage);
-                __syncthreads();
-            }
-            float scores[KEYS][4], keep[2];
-            u32 weights[KEYS][2];
-            score(tile_of(stage, 0), queries, scores);
-            mask(first, positions, scores);
-            soften(scores, weights, state, keep);
-            rescale(values, keep);
-            add_values(tile_of(stage, 1), weights, values);
-            if (first + TILE == (span + 1) * run.length || first + TILE >= end) {
-                close(span++, positions, state, joined, values);
-                fresh = true;
-            }
-            stage ^= 1;
+        for (u32 first = begin; first < end; span++) {
+            float values[COLUMNS][4];
+            clear(values);
+            Softmax state = fresh_softmax();
+            u32 span_end = min((span + 1) * run.length, end);
+            for (; first < span_end; first += TILE, stage ^= 1)
+                take_tile(stage, first, end, queries, positions, state, values);
+            close(span, positions, state, joined, values);
         }
+    }
+
+    // The tile that begins at `first` and lies in `stage`.
+    DEVICE void take_tile(u32 stage, u32 first, u32 end, const u32 (&queries)[STEPS][4], const int (&positions)[2],
+                          Softmax& state, float (&values)[COLUMNS][4]) const {
+        copy_wait<0>();
+        // All copies of this tile are there, and nobody reads the one before any more.
+#ifndef FAULT_NO_BARRIER
+        __syncthreads();
+#endif
+        load(stage ^ 1, first + TILE, end);
+        if constexpr (coded) {
+            decode(stage);
+            __syncthreads();
+        }
+        float scores[KEYS][4], keep[2];
+        u32 weights[KEYS][2];
+        score(tile_of(stage, 0), queries, scores);
+        mask(first, positions, scores);
+        soften(scores, weights, state, keep);
+        rescale(values, keep);
+        add_values(tile_of(stage, 1), weights, values);
     }
 
     DEVICE void take_block() {
@@ -414,19 +405,21 @@ struct GqaBlock {
 };
 
 // Grid [tokens / tokens_per_block, kv_heads * blocks of heads, spans + 1 or 1] (a run of tokens may touch one span
-// more than a row does); 32 * warps * groups threads. Dynamic shared memory: scores of 16 rows if there is more than
-// one warp to a group, a tile of keys and one of values in padded rows, twice; with codes once, and twice the codes.
-#define GQA_KERNEL(name, width, warps, groups, coded)                                                                 \
-    extern "C" __global__ void __launch_bounds__(32 * warps * groups, width == 64 ? 3 : 1)                                              \
-        name(const float* queries, const u8* keys, const u8* values, const int* positions, const int* sequences,     \
-             const int* tables, u32 table_width, u32 tokens, u32 tokens_per_block, u32 heads, u32 kv_heads, u32 key, \
-             u32 value, float scale, u32 window, const float* sinks, float* out, float* partials, u32 spans) {       \
-        DYNAMIC_SHARED(shared);                                                                                       \
-        const Gqa gqa{queries, keys,  values, positions, sequences, tables, table_width, tokens,   tokens_per_block, \
-                      heads,   kv_heads, key, value,     scale,     window, sinks,       out,      partials,         \
-                      spans};                                                                                         \
-        GqaBlock<width, warps, groups, coded>{gqa, shared, {}}.take_block();                                          \
-    }                                                                                                                 \
+// more than a row does); 32 * warps * groups threads. Dynamic shared memory: scores of 16 rows if there is more
+// than one warp to a group, a tile of keys and one of values in padded rows, twice; with codes once, and twice the
+// codes.
+#define GQA_KERNEL(name, width, warps, groups, coded)                                                            \
+    extern "C" __global__ void __launch_bounds__(32 * warps * groups, width == 64 ? 3 : 1)                       \
+        name(const float* queries, const u8* keys, const u8* values, const int* positions,                       \
+             const int* sequences, const int* tables, u32 table_width, u32 tokens, u32 tokens_per_block,         \
+             u32 heads, u32 kv_heads, u32 key, u32 value, float scale, u32 window, const float* sinks,           \
+             float* out, float* partials, u32 spans) {                                                           \
+        DYNAMIC_SHARED(shared);                                                                                  \
+        const Gqa gqa{queries,  keys,   values, positions, sequences, tables, table_width,                       \
+                      tokens,   tokens_per_block, heads, kv_heads, key, value, scale,                            \
+                      window,   sinks,  out,    partials,  spans};                                               \
+        GqaBlock<width, warps, groups, coded>{gqa, shared, {}}.take_block();                                     \
+    }                                                                                                            \
     EXPORT(name)
 
 // Prompts.

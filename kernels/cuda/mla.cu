@@ -42,10 +42,10 @@ struct MlaBlock {
     static constexpr u32 CHUNKS = steps * 4;
     static constexpr u32 STRIDE = CHUNKS * 16 + 16;
     static constexpr u32 TILE_BYTES = TILE * STRIDE;
-    static constexpr u32 MATRICES = columns / 8;
+    static constexpr int MATRICES = columns / 8;
     // Steps whose queries stay in shared memory: what the 255 registers of a thread have no room for on any
     // architecture, except where 99 KB of shared memory have none either.
-    static constexpr int SPARE = steps <= 16 ? 0 : stages == 3 ? 3 : coded ? 1 : 2;
+    static constexpr int SPARE = steps <= 16 ? 0 : stages == 3 ? 6 : coded ? 1 : 2;
 
     const Mla& mla;
     u8* shared;
@@ -69,20 +69,20 @@ struct MlaBlock {
         return blockIdx.y * (blockDim.x / 64 * GROUP_HEADS) + warp_id() / 2 * GROUP_HEADS + lane_id() / 4;
     }
 
+    // Tiles of bf16: `stages`, or one with codes.
+    DEVICE u8* tile_of(u32 stage) const { return shared + (coded ? 0 : stage * TILE_BYTES); }
+    // Rows as they are in the cache, `stages` times.
+    DEVICE u8* raw_of(u32 stage) const { return shared + TILE_BYTES + stage * TILE * row_bytes(); }
     // Half scores: [warps][4][32 lanes].
-    DEVICE Float4* halves() const { return reinterpret_cast<Float4*>(shared); }
+    DEVICE Float4* halves() const {
+        return reinterpret_cast<Float4*>(coded ? raw_of(stages) : shared + stages * TILE_BYTES);
+    }
     // What is joined so far, of each warp's 16 rows.
     DEVICE Joined* joined() const { return reinterpret_cast<Joined*>(halves() + blockDim.x * 4); }
     // Queries of this thread that have no place in its registers.
     DEVICE Bytes16* spare_queries() const {
         return reinterpret_cast<Bytes16*>(joined() + blockDim.x / 2) + threadIdx.x;
     }
-    // Tiles of bf16: `stages`, or one with codes.
-    DEVICE u8* tile_of(u32 stage) const {
-        return shared + blockDim.x * (68 + 16 * SPARE) + (coded ? 0 : stage * TILE_BYTES);
-    }
-    // Rows as they are in the cache, `stages` times.
-    DEVICE u8* raw_of(u32 stage) const { return tile_of(0) + TILE_BYTES + stage * TILE * row_bytes(); }
 
     // All pieces of 16 bytes of a tile: a row at a time for each warp.
     template <class F>
@@ -167,11 +167,7 @@ struct MlaBlock {
     // Scores of the tile that begins at `first`, of all its positions.
     DEVICE void score(const u8* tile, u32 first, const u32 (&queries)[steps - SPARE][4],
                       float (&scores)[4][4]) const {
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) scores[n][i] = 0;
-        }
+        clear(scores);
         u32 lane = lane_id();
         const u8* keys = tile + (lane / 16 * 8 + lane % 8) * STRIDE + warp_half() * steps * 32 + lane / 8 % 2 * 16;
 #pragma unroll
@@ -218,14 +214,14 @@ struct MlaBlock {
 
     // values += weights * the tile's values, of this warp's columns.
     DEVICE void add_values(const u8* tile, const u32 (&weights)[4][2], float (&values)[MATRICES][4]) const {
-        u32 lane = lane_id();
+        u32 lane = anew(lane_id());
         const u8* from = tile + lane % 16 * STRIDE + warp_half() * columns * 2 + lane / 16 * 16;
 #pragma unroll
         for (int step = 0; step < 2; step++) {
             const u32 weight[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0],
                                    weights[2 * step + 1][1]};
 #pragma unroll
-            for (int n = 0; n < int(MATRICES); n += 2) {
+            for (int n = 0; n < MATRICES; n += 2) {
                 u32 value[4];
                 load_matrix_x4_transposed(value, from + step * 16 * STRIDE + n * 16);
                 multiply_bf16(values[n], weight, {value[0], value[1]});
@@ -252,7 +248,8 @@ struct MlaBlock {
                 u64 at = (u64(token) * mla.spans + blockIdx.z) * mla.heads + head;
                 float* to = mla.partials + at * latent() + column;
                 for_columns(column, [&](int n) {
-                    *reinterpret_cast<Float2*>(to + n * 8) = {values[n][2 * row] + 0.0f, values[n][2 * row + 1] + 0.0f};
+                    *reinterpret_cast<Float2*>(to + n * 8) = {values[n][2 * row] + 0.0f,
+                                                              values[n][2 * row + 1] + 0.0f};
                 });
                 u64 states = u64(gridDim.x) * mla.spans * mla.heads * latent() + at * 2;
                 if (column == 0) *reinterpret_cast<Float2*>(mla.partials + states) = {state.maximum[row], sum};
@@ -274,7 +271,7 @@ struct MlaBlock {
     template <class F>
     DEVICE void for_columns(u32 column, F&& take) const {
 #pragma unroll
-        for (int n = 0; n < int(MATRICES); n++)
+        for (int n = 0; n < MATRICES; n++)
             if (column + n * 8 < latent()) take(n);
     }
 
@@ -292,55 +289,56 @@ struct MlaBlock {
         for (int stage = 0; stage < stages - 1; stage++) load(stage, begin + stage * TILE);
         u32 queries[steps - SPARE][4];
         load_queries(queries);
-        float values[MATRICES][4];
-        Softmax state;
-        u32 stage = 0, span_begin = begin;
-        for (u32 first = begin; first < end; first += TILE) {
-            if (first == span_begin) {
-                state = fresh_softmax();
-#pragma unroll
-                for (int n = 0; n < int(MATRICES); n++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) values[n][i] = 0;
-                }
+        u32 stage = 0;
+        for (u32 span_begin = begin; span_begin < end; span_begin += length) {
+            float values[MATRICES][4];
+            clear(values);
+            Softmax state = fresh_softmax();
+            u32 span_end = min(span_begin + length, end);
+            for (u32 first = span_begin; first < span_end; first += TILE) {
+                take_tile(stage, first, queries, state, values);
+                stage = stage + 1 == stages ? 0 : stage + 1;
             }
-            copy_wait<stages - 2>();
-            // All copies of this tile are there, and nobody reads the one before any more.
-#ifndef FAULT_NO_BARRIER
-            __syncthreads();
-#endif
-            load(stage == 0 ? stages - 1 : stage - 1, first + (stages - 1) * TILE);
-            if constexpr (coded) {
-                decode(stage);
-                __syncthreads();
-            }
-            const u8* tile = tile_of(stage);
-            float scores[4][4], keep[2];
-            score(tile, first, queries, scores);
-            u32 weights[4][2];
-            soften(scores, weights, state, keep);
-            rescale(values, keep);
-            add_values(tile, weights, values);
-            if (first + TILE == span_begin + length || first + TILE >= end) {
-                close(span_begin, state, values);
-                span_begin += length;
-            }
-            stage = stage + 1 == stages ? 0 : stage + 1;
+            close(span_begin, state, values);
         }
+    }
+
+    // The tile that begins at `first` and lies in `stage`.
+    DEVICE void take_tile(u32 stage, u32 first, const u32 (&queries)[steps - SPARE][4], Softmax& state,
+                          float (&values)[MATRICES][4]) const {
+        copy_wait<stages - 2>();
+        // All copies of this tile are there, and nobody reads the one before any more.
+#ifndef FAULT_NO_BARRIER
+        __syncthreads();
+#endif
+        load(stage == 0 ? stages - 1 : stage - 1, first + (stages - 1) * TILE);
+        if constexpr (coded) {
+            decode(stage);
+            __syncthreads();
+        }
+        const u8* tile = tile_of(stage);
+        float scores[4][4], keep[2];
+        score(tile, first, queries, scores);
+        u32 weights[4][2];
+        soften(scores, weights, state, keep);
+        rescale(values, keep);
+        add_values(tile, weights, values);
     }
 };
 
-// Grid [tokens, heads / 64, spans or 1], 64 threads for every 16 of a block's heads. Dynamic shared memory: 2,560
-// bytes a warp; a tile of 32 padded rows for each stage; or, with codes, one tile, and 32 raw rows for each stage.
-#define MLA_KERNEL(name, steps, columns, stages, coded, exact)                                                       \
-    extern "C" __global__ void __launch_bounds__(256, 1)                                                             \
-        name(const float* queries, const u8* cache, const int* positions, const int* sequences, const int* tables,   \
-             u32 table_width, u32 heads, u32 latent, u32 rope, float scale, float* out, float* partials, u32 spans) { \
-        DYNAMIC_SHARED(shared);                                                                                      \
-        const Mla mla{queries, cache, positions, sequences, tables, table_width, heads,                              \
-                      latent,  rope,  scale,     out,       partials, spans};                                        \
-        MlaBlock<steps, columns, stages, coded, exact>{mla, shared, nullptr, 0, 0}.run();                            \
-    }                                                                                                                \
+// Grid [tokens, heads / 64, spans or 1], 64 threads for every 16 of a block's heads. Dynamic shared memory: a tile
+// of 32 padded rows for each stage, or with codes one tile and 32 raw rows for each stage; then for each thread 68
+// bytes and 16 for each spare step.
+#define MLA_KERNEL(name, steps, columns, stages, coded, exact)                                                   \
+    extern "C" __global__ void __launch_bounds__(256, 1)                                                         \
+        name(const float* queries, const u8* cache, const int* positions, const int* sequences,                  \
+             const int* tables, u32 table_width, u32 heads, u32 latent, u32 rope, float scale, float* out,       \
+             float* partials, u32 spans) {                                                                       \
+        DYNAMIC_SHARED(shared);                                                                                  \
+        const Mla mla{queries, cache, positions, sequences, tables, table_width, heads,                          \
+                      latent,  rope,  scale,     out,       partials, spans};                                    \
+        MlaBlock<steps, columns, stages, coded, exact>{mla, shared, nullptr, 0, 0}.run();                        \
+    }                                                                                                            \
     EXPORT(name)
 
 // A latent of 512 and 64 rotated, as all published models have.

@@ -230,7 +230,7 @@ impl MlaForm {
             assert!(depth <= 320, "latent attention: no kernel for {} + {}", shape.latent, shape.rope);
             return form("mla_bf16_narrow", "mla_fp8_narrow", 10, 2, 0);
         }
-        let deep = form("mla_bf16", "mla_fp8", 18, 3, 3);
+        let deep = form("mla_bf16", "mla_fp8", 18, 3, 6);
         let most = 2 * GROUPS * WARP;
         if deep.shared_bytes(most, kind.row_bytes(RowShape { heads: 1, width: 512, plain: 64 }))
             <= device.info().shared_bytes_per_block
