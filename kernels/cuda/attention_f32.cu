@@ -10,7 +10,7 @@ constexpr u32 PLAIN_COLUMNS = 16;
 
 // Grid [tokens, heads / 4], 128 threads. Of the caches, rows of `key_row` and `value_row` values, a head's `key`
 // and `value` columns; for latents both are the same cache. `window` 0: none. Up to 512 values.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 4)
     attention_f32(const float* queries, const float* keys, const float* values, const int* positions,
                   const int* sequences, const int* tables, u32 table_width, u32 heads, u32 kv_heads, u32 key,
                   u32 value, u32 key_row, u32 value_row, float scale, u32 window, const float* sinks, float* out) {
