@@ -174,6 +174,17 @@ fn a_batch_and_a_prompt_are_counted() {
 }
 
 #[test]
+fn a_machine_without_a_gpu_is_told_in_one_line() {
+    if kernels::cuda::Device::probe() != kernels::cuda::Availability::NoDriver {
+        println!("SKIP: this machine has a CUDA driver");
+        return;
+    }
+    fails(&["gpu"], 1, "no CUDA driver library: nothing to check here");
+    assert!(bench(&["gpu", "--json"]).stdout.is_empty());
+    fails(&["gpu", "--only", "nothing"], 2, "ceilings, correctness, timings");
+}
+
+#[test]
 fn quality_compares_with_exact_arithmetic() {
     for (model, source) in [("demo", "built-in passage"), (&case("kimi_k2_int4"), "random tokens")] {
         let rows = rows(&["quality", model, "--tokens", "300"]);

@@ -21,6 +21,9 @@ pub struct GpuArgs {
     /// Few batch sizes and contexts
     #[arg(long)]
     quick: bool,
+    /// Sizes for an emulated device; the figures mean nothing
+    #[arg(long, hide = true)]
+    tiny: bool,
     /// Print one JSON object per row
     #[arg(long)]
     json: bool,
@@ -51,7 +54,6 @@ pub fn run(args: &GpuArgs) -> Result<ExitCode, Error> {
     let machine = Machine { device: Some(gpu::describe(&device)), ..Machine::detect() };
     let rows = RowsArgs { json: args.json, csv: args.csv.clone(), quick: args.quick };
     let options = GpuOptions { only: args.only.map(Stage::from) };
-    measured_on(&machine, &rows, true, |output| {
-        gpu::measure(&device, &options, &Sizes::k2(args.quick), output)
-    })
+    let sizes = if args.tiny { Sizes::tiny() } else { Sizes::k2(args.quick) };
+    measured_on(&machine, &rows, true, |output| gpu::measure(&device, &options, &sizes, output))
 }
