@@ -186,3 +186,10 @@ fn a_missing_barrier_is_seen() {
 fn the_page_beside_the_right_one_is_seen() {
     mock::assert_caught("FAULT_PAGE", "attention::pages_and_barriers");
 }
+
+#[test]
+fn attention_stays_in_its_memory() {
+    if !mock::is_child() {
+        mock::rerun_sanitized("attention::pages_and_barriers");
+    }
+}

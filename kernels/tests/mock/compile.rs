@@ -82,6 +82,16 @@ fn hash(what: &impl Hash) -> String {
     format!("{:016x}", hasher.finish())
 }
 
+/// A kernel file as it is compiled. All kernels become one library, and helpers of two files may share a name: in a
+/// namespace without one they stay their file's own. What they include is everybody's and stands before it, with
+/// the macros that say how it is read.
+fn wrapped(source: &Path, text: &str) -> String {
+    let last = text.lines().enumerate().filter(|(_, line)| line.starts_with("#include")).last();
+    let head = text.lines().take(last.map_or(0, |(index, _)| index + 1)).filter(|line| line.starts_with('#'));
+    let head: String = head.flat_map(|line| [line, "\n"]).collect();
+    format!("{head}namespace {{\n#include {source:?}\n}}\n")
+}
+
 struct Compiler {
     command: String,
     /// What it calls itself: objects of another version are not mixed in.
@@ -130,7 +140,8 @@ impl Compiler {
         };
         let defines: Vec<String> = options.defines.iter().filter(knows).cloned().collect();
         let headers: Vec<&String> = headers.iter().map(|(_, text)| text).collect();
-        let made_from = hash(&(&self.command, &self.version, &self.flags, &defines, headers, text));
+        let wrapped = wrapped(source, text);
+        let made_from = hash(&(&self.command, &self.version, &self.flags, &defines, headers, text, wrapped));
         let name = source.file_stem().unwrap().to_str().unwrap();
         Object { path: cache.join(format!("{name}-{made_from}.o")), source: source.to_owned(), defines }
     }
@@ -140,14 +151,9 @@ impl Compiler {
         let mut command = Command::new(&self.command);
         command.args(&self.flags).args(defines).arg("-I").arg(include);
         if object.source.extension().is_some_and(|extension| extension == "cu") {
-            // All kernels become one library, and helpers of two files may share a name. In a namespace without one
-            // they stay their file's own; what they include is everybody's.
             let text = fs::read_to_string(&object.source).unwrap();
-            let includes: String =
-                text.lines().filter(|line| line.starts_with("#include")).collect::<Vec<_>>().join("\n");
             let wrapper = object.path.with_extension("cpp");
-            fs::write(&wrapper, format!("{includes}\nnamespace {{\n#include {:?}\n}}\n", object.source))
-                .unwrap();
+            fs::write(&wrapper, wrapped(&object.source, &text)).unwrap();
             command.arg("-c").arg(&wrapper);
         } else {
             command.arg("-c").arg(&object.source);
