@@ -213,7 +213,7 @@ impl<'m> Chain<'m> {
         }
         match (&spec.ffn, &weights.ffn) {
             (Ffn::Dense(mlp), DeviceFfn::Dense(weights)) => {
-                let x = self.norm(device, &self.post_norm(index), false)?;
+                let x = self.norm(device, self.post_norm(index), false)?;
                 let stream = Strided::new(&self.scratch.stream, self.model.config.hidden);
                 self.mlp(device, (mlp.activation, weights), x, stream, true)
             }
