@@ -6,6 +6,7 @@ mod chain;
 mod mock;
 mod ops;
 mod weights;
+mod widths;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
