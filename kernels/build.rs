@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use flate2::Compression;
+use flate2::read::GzDecoder;
 use flate2::write::DeflateEncoder;
 use sha2::{Digest, Sha256};
 
@@ -50,9 +51,8 @@ fn main() {
         };
         writeln!(files, "File {{\nname: {name:?},\nmachine_code: {code},\nptx: &[").unwrap();
         for architecture in [GENERAL].into_iter().chain(own_architectures(&source)) {
-            let file = format!("{name}.compute_{architecture}.ptx");
-            let path = folder.join("ptx").join(&file);
-            let text = fs::read_to_string(&path).unwrap_or_default();
+            let file = format!("{name}.compute_{architecture}.ptx.gz");
+            let text = inflate(&folder.join("ptx").join(&file));
             if !manifest.contains(&entry(&file, &hex(Sha256::digest(&text).as_slice()))) {
                 stale.push(file.clone());
             }
@@ -84,6 +84,15 @@ fn placeholder(source: &str, ptx: &str, architecture: &str) -> Option<String> {
     let head = format!(".version 8.7\n.target sm_{architecture}\n.address_size 64\n");
     let entries = names.iter().map(|name| format!(".visible .entry {name}()\n{{\ntrap;\n}}\n"));
     Some(entries.fold(head, |text, entry| text + &entry))
+}
+
+/// The text of a compressed file; empty, which no hash is, where there is none.
+fn inflate(path: &Path) -> String {
+    let mut text = String::new();
+    match fs::File::open(path).and_then(|file| GzDecoder::new(file).read_to_string(&mut text)) {
+        Ok(_) => text,
+        Err(_) => String::new(),
+    }
 }
 
 fn deflate(text: &str) -> Vec<u8> {

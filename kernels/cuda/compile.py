@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles the CUDA kernels on any Linux machine: no GPU, no driver and no CUDA toolkit are needed.
 
-    compile.py ptx               rebuild kernels/cuda/ptx/*.ptx and manifest.json where sources changed
+    compile.py ptx               rebuild kernels/cuda/ptx/*.ptx.gz and manifest.json where sources changed
     compile.py ptx --check       compile everything again and compare with what is committed
     compile.py fatbin            machine code for all architectures, for release builds (not committed)
     compile.py resources         rewrite kernels/cuda/ptx/resources.csv and print it
@@ -19,6 +19,7 @@ import argparse
 import concurrent.futures
 import ctypes
 import difflib
+import gzip
 import hashlib
 import json
 import os
@@ -191,14 +192,25 @@ def read_manifest():
 
 
 def ptx_files(path):
-    return [PTX / f"{path.stem}.compute_{name}.ptx" for name in [GENERAL, *own_architectures(path)]]
+    """Where the PTX of a source lies, by architecture; the manifest has the hash of the text, not of the file."""
+    return {name: PTX / f"{path.stem}.compute_{name}.ptx.gz" for name in [GENERAL, *own_architectures(path)]}
+
+
+def read_ptx(file):
+    return gzip.decompress(file.read_bytes()) if file.exists() else None
+
+
+def ptx_digest(file):
+    text = read_ptx(file)
+    return None if text is None else digest(text)
 
 
 def up_to_date(path, manifest):
     if manifest.get("sources", {}).get(path.name) != source_hash(path):
         return False
     hashes = manifest.get("ptx", {})
-    return all(file.exists() and hashes.get(file.name) == digest(file.read_bytes()) for file in ptx_files(path))
+    digests = {file.name: ptx_digest(file) for file in ptx_files(path).values()}
+    return all(text is not None and hashes.get(name) == text for name, text in digests.items())
 
 
 def write_ptx(arguments):
@@ -221,12 +233,12 @@ def write_ptx(arguments):
             wrong.append(path.name)
             continue
         manifest["sources"][path.name] = source_hash(path)
-        for file in ptx_files(path):
-            manifest["ptx"][file.name] = digest(file.read_bytes()) if file.exists() else None
+        for file in ptx_files(path).values():
+            manifest["ptx"][file.name] = ptx_digest(file)
     if arguments.check and manifest != old:
         wrong.append(MANIFEST.name)
     if not arguments.check:
-        for file in PTX.glob("*.ptx"):
+        for file in PTX.glob("*.ptx*"):
             if file.name not in manifest["ptx"]:
                 file.unlink()
         MANIFEST.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -237,12 +249,13 @@ def write_ptx(arguments):
 def compile_ptx(nvrtc, path, write):
     """Compiles a file for its architectures; whether all of it is what lies there (now, if it is written)."""
     same = True
-    for file in ptx_files(path):
-        text = nvrtc.compile(path, file.stem.split("_")[-1], "PTX")
-        if write:
-            file.write_bytes(text)
-            print(f"{file.name}: {len(text)} bytes")
-        same = same and file.exists() and file.read_bytes() == text
+    for architecture, file in ptx_files(path).items():
+        text = nvrtc.compile(path, architecture, "PTX")
+        if write and read_ptx(file) != text:
+            # Without the time, so that the same text is the same file.
+            file.write_bytes(gzip.compress(text, mtime=0))
+            print(f"{file.name}: {len(text)} bytes of text")
+        same = same and read_ptx(file) == text
     return same
 
 
