@@ -1,4 +1,5 @@
 // Attention in f32 throughout, and the joining of spans that were computed side by side.
+// For kernels that start early (`wait_for_previous`):
 // architectures: 90
 #include "attention.cuh"
 
@@ -19,26 +20,26 @@ extern "C" __global__ void __launch_bounds__(128, 4)
     u32 token = blockIdx.x, head = blockIdx.y * 4 + warp_id(), lane = lane_id();
     if (head >= heads || positions[token] < 0) return;
     u32 position = positions[token], length = span_length(position);
-    u32 begin = window && position >= window ? position + 1 - window : 0;
+    u32 begin = first_seen(position, window);
     u32 kv_head = head / (heads / kv_heads);
     const int* table = tables + u64(sequences[token]) * table_width;
     const float* query = queries + (u64(token) * heads + head) * key;
-    float factor = multiply(scale, LOG2_E);
+    float factor = multiply_rn(scale, LOG2_E);
 
     Joined all = nothing_joined();
     float joined[PLAIN_COLUMNS] = {};
     for (u32 span = begin / length; span <= position / length; span++) {
-        float maximum = minus_infinity(), sum = 0, part[PLAIN_COLUMNS] = {};
+        float maximum = -INFINITY, sum = 0, part[PLAIN_COLUMNS] = {};
         u32 span_end = min((span + 1) * length, position + 1);
         for (u32 first = span * length; first < span_end; first += PLAIN_TILE) {
-            float score = minus_infinity();
+            float score = -INFINITY;
             for (u32 j = 0; j < PLAIN_TILE; j++) {
                 if (first + j < begin || first + j >= span_end) continue;
                 const float* row = keys + cache_row(table, first + j) * key_row + kv_head * key;
                 float dot = 0;
                 for (u32 column = lane; column < key; column += 32) dot = fmaf(query[column], row[column], dot);
                 dot = warp_sum(dot);
-                if (lane == j) score = multiply(dot, factor);
+                if (lane == j) score = multiply_rn(dot, factor);
             }
             float before = maximum;
             maximum = fmaxf(maximum, warp_max(score));
@@ -59,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(128, 4)
     float last = last_factor(all, sinks, head);
     for (u32 i = 0; i < PLAIN_COLUMNS; i++)
         if (lane + 32 * i < value)
-            out[(u64(token) * heads + head) * value + lane + 32 * i] = multiply(joined[i], last);
+            out[(u64(token) * heads + head) * value + lane + 32 * i] = multiply_rn(joined[i], last);
 }
 EXPORT(attention_f32);
 
@@ -77,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(256)
     u32 token = blockIdx.x, head = blockIdx.y, lane = lane_id();
     if (positions[token] < 0) return;
     u32 position = positions[token], length = span_length(position);
-    u32 begin = window && position >= window ? position + 1 - window : 0;
+    u32 begin = first_seen(position, window);
     u32 count = position / length - begin / length + 1;
     u64 first = u64(token) * spans * heads + head;
 
@@ -87,9 +88,9 @@ extern "C" __global__ void __launch_bounds__(256)
     Shares* shares = all_shares + warp_id() * MAX_SPANS;
     float* sums = all_sums + warp_id() * MAX_SPANS;
     auto* states = reinterpret_cast<const Float2*>(partials + u64(gridDim.x) * spans * heads * value);
-    float before = minus_infinity();
+    float before = -INFINITY;
     for (u32 some = 0; some < count; some += 32) {
-        Float2 state{minus_infinity(), 0};
+        Float2 state{-INFINITY, 0};
         if (some + lane < count) state = states[first + u64(some + lane) * heads];
         float greatest = fmaxf(state.x, before);
         for (u32 by = 1; by < 32; by *= 2) {
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(256)
     __syncwarp();
     Joined all{before, 0};
     for (u32 span = 0; span < count; span++)
-        all.sum = fmaf(sums[span], shares[span].take, multiply(all.sum, shares[span].keep));
+        all.sum = fmaf(sums[span], shares[span].take, multiply_rn(all.sum, shares[span].keep));
 
     u32 column = warp_id() * 64 + lane * 2;
     if (column >= value) return;
@@ -119,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(256)
         joined = {join_value(joined.x, part.x, shares[span]), join_value(joined.y, part.y, shares[span])};
     }
     float last = last_factor(all, sinks, head);
-    *reinterpret_cast<Float2*>(out + (u64(token) * heads + head) * value + column) = {multiply(joined.x, last),
-                                                                                      multiply(joined.y, last)};
+    *reinterpret_cast<Float2*>(out + (u64(token) * heads + head) * value + column) = {multiply_rn(joined.x, last),
+                                                                                      multiply_rn(joined.y, last)};
 }
 EXPORT(attention_merge);

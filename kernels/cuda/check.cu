@@ -73,11 +73,6 @@ struct PlainWeight {
     }
 };
 
-DEVICE double warp_sum_f64(double x) {
-    for (int bits = 16; bits; bits >>= 1) x += __shfl_xor_sync(ALL_LANES, x, bits);
-    return x;
-}
-
 // out[t, n] = sum over k of x[t, k] * w[first_row + n, k], and `magnitudes` the same of absolute values: what an error is
 // measured by. A warp per output.
 extern "C" __global__ void plain_product(const float* x, const void* codes, const void* scales, u32 format, u32 first_row,
@@ -92,8 +87,8 @@ extern "C" __global__ void plain_product(const float* x, const void* codes, cons
         sum += term;
         magnitude += fabs(term);
     }
-    sum = warp_sum_f64(sum);
-    magnitude = warp_sum_f64(magnitude);
+    sum = warp_sum(sum);
+    magnitude = warp_sum(magnitude);
     if (lane_id()) return;
     out[output] = sum;
     magnitudes[output] = magnitude;
@@ -112,7 +107,7 @@ extern "C" __global__ void plain_latent_attention(const float* query, const u16*
         double sum = 0;
         for (u32 i = lane_id(); i < width; i += 32)
             sum += double(bf16_to_f32(f32_to_bf16(q[i]))) * bf16_to_f32(rows[u64(j) * width + i]);
-        sum = warp_sum_f64(sum);
+        sum = warp_sum(sum);
         if (lane_id() == 0) mine[j] = sum * scale;
     }
     __syncthreads();
@@ -125,7 +120,7 @@ extern "C" __global__ void plain_latent_attention(const float* query, const u16*
         mine[j] = weight;
         total += weight;
     }
-    total = warp_sum_f64(total);
+    total = warp_sum(total);
     if (lane_id() == 0) partial[warp_id()] = total;
     __syncthreads();
     total = 0;

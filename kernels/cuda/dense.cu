@@ -2,7 +2,9 @@
 // products of a feed-forward with its activation, to planes. For few tokens each block streams its rows of the
 // weight with as many copies under way as shared memory holds, and k is spread over blocks; for many tokens blocks
 // are wide and take all of k. What is the same in both is in dense.cuh: the order of every sum.
+// For kernels that start early (`wait_for_previous`):
 // architectures: 90
+#include "activation.cuh"
 #include "dense.cuh"
 
 // out[token, head, row] = sum over k of weight and x, + bias, + what is there if `add`.
@@ -36,21 +38,10 @@ DEVICE void dense_product(const DenseCall& call, const float* bias, float* out, 
     }
 }
 
-// What is done with gate and up, by number; any other is the clamped SwiGLU of gpt-oss.
-constexpr u32 SILU_GLU = 0;
-
-DEVICE float activate(u32 activation, float limit, float alpha, float gate, float up) {
-    if (activation == SILU_GLU) return gate / (1 + expf(-gate)) * up;
-    // As fminf, but NaN stays.
-    gate = gate > limit ? limit : gate;
-    up = up > limit ? limit : up < -limit ? -limit : up;
-    return gate / (1 + expf(-alpha * gate)) * (up + 1);
-}
-
 // out[plane, token, row] = planes of the activation of gate and up.
 template <class Block>
 DEVICE void dense_pair(const DenseCall& call, const float* bias, u16* out, u64 out_plane, u32 out_token,
-                       u32 activation, float limit, float alpha) {
+                       const Activation& activation) {
     DYNAMIC_SHARED(stages);
     SHARED(u32, flag, 1);
     Block block(call, stages);
@@ -61,14 +52,10 @@ DEVICE void dense_pair(const DenseCall& call, const float* bias, u16* out, u64 o
     for (u32 token = block.first_token(); token < block.live_tokens; token += Block::TOKEN_STEP) {
         float gate = *block.tile_at(token, own_row) + gate_offset;
         float up = *block.tile_at(token, Block::OUTPUTS + own_row) + up_offset;
-        float rest = activate(activation, limit, alpha, gate, up);
+        float rest = activation.accurate(gate, up);
         u16* to = out + u64(block.token_block * Block::TOKENS + token) * out_token + row;
 #pragma unroll
-        for (int plane = 0; plane < Block::PLANES; plane++) {
-            u16 rounded = f32_to_bf16(rest);
-            to[plane * out_plane] = rounded;
-            rest -= bf16_to_f32(rounded);
-        }
+        for (int plane = 0; plane < Block::PLANES; plane++) to[plane * out_plane] = take_plane(rest);
     }
 }
 
@@ -83,79 +70,55 @@ using Wide = DenseBlock<weight, layout, weight == Weight::Fp8 ? 8 : 4, weight ==
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS) name(                                  \
         const u16* x, u64 x_plane, u32 x_token, u32 x_head, const u8* weights, const float* scales,           \
         u32 width, u32 first_row, u32 head_rows, u32 rows, u32 columns, u32 tokens, u32 piece,                \
-        Floats4* workspace, u32* counters, const float* bias, float* out, u32 out_token, u32 out_head,        \
+        Float4* workspace, u32* counters, const float* bias, float* out, u32 out_token, u32 out_head,         \
         u32 add) {                                                                                            \
         DenseCall call{x,     x_plane,   x_token,   x_head, weights, nullptr, scales, nullptr,   width,       \
                        first_row, head_rows, rows,  columns, tokens, piece,   workspace, counters};           \
         dense_product<__VA_ARGS__>(call, bias, out, out_token, out_head, add);                                \
-    }
+    }                                                                                                         \
+    EXPORT(name)
 
 #define PAIR(name, ...)                                                                                       \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS) name(                                  \
         const u16* x, u64 x_plane, u32 x_token, const u8* gate, const u8* up, const float* gate_scales,       \
         const float* up_scales, u32 width, u32 first_row, u32 rows, u32 columns, u32 tokens, u32 piece,       \
-        Floats4* workspace, u32* counters, const float* bias, u16* out, u64 out_plane, u32 out_token,         \
-        u32 activation, float limit, float alpha) {                                                           \
+        Float4* workspace, u32* counters, const float* bias, u16* out, u64 out_plane, u32 out_token,          \
+        u32 clamped, float limit, float alpha) {                                                              \
         DenseCall call{x,         x_plane, x_token, 0,       gate,   up,    gate_scales, up_scales, width,    \
                        first_row, 0,       rows,    columns, tokens, piece, workspace,   counters};           \
-        dense_pair<__VA_ARGS__>(call, bias, out, out_plane, out_token, activation, limit, alpha);             \
-    }
+        dense_pair<__VA_ARGS__>(call, bias, out, out_plane, out_token, {clamped, limit, alpha});              \
+    }                                                                                                         \
+    EXPORT(name)
 
 constexpr Weight BF16 = Weight::Bf16, FP8 = Weight::Fp8;
 constexpr Layout ROWS = Layout::Rows, TRANSPOSED = Layout::Transposed, GATE_UP = Layout::Pair;
 
 // By the number of tokens that a block has at most, and of planes.
-PRODUCT(dense_bf16_t8_p1, Narrow<BF16, ROWS, 8, 1>)
-EXPORT(dense_bf16_t8_p1);
-PRODUCT(dense_bf16_t16_p1, Narrow<BF16, ROWS, 16, 1>)
-EXPORT(dense_bf16_t16_p1);
-PRODUCT(dense_bf16_t32_p1, Narrow<BF16, ROWS, 32, 1>)
-EXPORT(dense_bf16_t32_p1);
-PRODUCT(dense_bf16_t64_p1, Narrow<BF16, ROWS, 64, 1>)
-EXPORT(dense_bf16_t64_p1);
-PRODUCT(dense_bf16_t32_p3, Narrow<BF16, ROWS, 32, 3>)
-EXPORT(dense_bf16_t32_p3);
-PRODUCT(dense_bf16_wide_p1, Wide<BF16, ROWS>)
-EXPORT(dense_bf16_wide_p1);
-PRODUCT(dense_fp8_t8_p1, Narrow<FP8, ROWS, 8, 1>)
-EXPORT(dense_fp8_t8_p1);
-PRODUCT(dense_fp8_t16_p1, Narrow<FP8, ROWS, 16, 1>)
-EXPORT(dense_fp8_t16_p1);
-PRODUCT(dense_fp8_t32_p1, Narrow<FP8, ROWS, 32, 1>)
-EXPORT(dense_fp8_t32_p1);
-PRODUCT(dense_fp8_t64_p1, Narrow<FP8, ROWS, 64, 1>)
-EXPORT(dense_fp8_t64_p1);
-PRODUCT(dense_fp8_t32_p3, Narrow<FP8, ROWS, 32, 3>)
-EXPORT(dense_fp8_t32_p3);
-PRODUCT(dense_fp8_wide_p1, Wide<FP8, ROWS>)
-EXPORT(dense_fp8_wide_p1);
+PRODUCT(dense_bf16_t8_p1, Narrow<BF16, ROWS, 8, 1>);
+PRODUCT(dense_bf16_t16_p1, Narrow<BF16, ROWS, 16, 1>);
+PRODUCT(dense_bf16_t32_p1, Narrow<BF16, ROWS, 32, 1>);
+PRODUCT(dense_bf16_t64_p1, Narrow<BF16, ROWS, 64, 1>);
+PRODUCT(dense_bf16_t32_p3, Narrow<BF16, ROWS, 32, 3>);
+PRODUCT(dense_bf16_wide_p1, Wide<BF16, ROWS>);
+PRODUCT(dense_fp8_t8_p1, Narrow<FP8, ROWS, 8, 1>);
+PRODUCT(dense_fp8_t16_p1, Narrow<FP8, ROWS, 16, 1>);
+PRODUCT(dense_fp8_t32_p1, Narrow<FP8, ROWS, 32, 1>);
+PRODUCT(dense_fp8_t64_p1, Narrow<FP8, ROWS, 64, 1>);
+PRODUCT(dense_fp8_t32_p3, Narrow<FP8, ROWS, 32, 3>);
+PRODUCT(dense_fp8_wide_p1, Wide<FP8, ROWS>);
 
-PRODUCT(dense_transposed_bf16_t16_p1, Narrow<BF16, TRANSPOSED, 16, 1>)
-EXPORT(dense_transposed_bf16_t16_p1);
-PRODUCT(dense_transposed_bf16_t32_p3, Narrow<BF16, TRANSPOSED, 32, 3>)
-EXPORT(dense_transposed_bf16_t32_p3);
-PRODUCT(dense_transposed_bf16_wide_p1, Wide<BF16, TRANSPOSED>)
-EXPORT(dense_transposed_bf16_wide_p1);
-PRODUCT(dense_transposed_fp8_t16_p1, Narrow<FP8, TRANSPOSED, 16, 1>)
-EXPORT(dense_transposed_fp8_t16_p1);
-PRODUCT(dense_transposed_fp8_t32_p3, Narrow<FP8, TRANSPOSED, 32, 3>)
-EXPORT(dense_transposed_fp8_t32_p3);
-PRODUCT(dense_transposed_fp8_wide_p1, Wide<FP8, TRANSPOSED>)
-EXPORT(dense_transposed_fp8_wide_p1);
+PRODUCT(dense_transposed_bf16_t16_p1, Narrow<BF16, TRANSPOSED, 16, 1>);
+PRODUCT(dense_transposed_bf16_t32_p3, Narrow<BF16, TRANSPOSED, 32, 3>);
+PRODUCT(dense_transposed_bf16_wide_p1, Wide<BF16, TRANSPOSED>);
+PRODUCT(dense_transposed_fp8_t16_p1, Narrow<FP8, TRANSPOSED, 16, 1>);
+PRODUCT(dense_transposed_fp8_t32_p3, Narrow<FP8, TRANSPOSED, 32, 3>);
+PRODUCT(dense_transposed_fp8_wide_p1, Wide<FP8, TRANSPOSED>);
 
-PAIR(dense_pair_bf16_t16_p1, Narrow<BF16, GATE_UP, 16, 1>)
-EXPORT(dense_pair_bf16_t16_p1);
-PAIR(dense_pair_bf16_t64_p1, Narrow<BF16, GATE_UP, 64, 1>)
-EXPORT(dense_pair_bf16_t64_p1);
-PAIR(dense_pair_bf16_t32_p3, Narrow<BF16, GATE_UP, 32, 3>)
-EXPORT(dense_pair_bf16_t32_p3);
-PAIR(dense_pair_bf16_wide_p1, Wide<BF16, GATE_UP>)
-EXPORT(dense_pair_bf16_wide_p1);
-PAIR(dense_pair_fp8_t16_p1, Narrow<FP8, GATE_UP, 16, 1>)
-EXPORT(dense_pair_fp8_t16_p1);
-PAIR(dense_pair_fp8_t64_p1, Narrow<FP8, GATE_UP, 64, 1>)
-EXPORT(dense_pair_fp8_t64_p1);
-PAIR(dense_pair_fp8_t32_p3, Narrow<FP8, GATE_UP, 32, 3>)
-EXPORT(dense_pair_fp8_t32_p3);
-PAIR(dense_pair_fp8_wide_p1, Wide<FP8, GATE_UP>)
-EXPORT(dense_pair_fp8_wide_p1);
+PAIR(dense_pair_bf16_t16_p1, Narrow<BF16, GATE_UP, 16, 1>);
+PAIR(dense_pair_bf16_t64_p1, Narrow<BF16, GATE_UP, 64, 1>);
+PAIR(dense_pair_bf16_t32_p3, Narrow<BF16, GATE_UP, 32, 3>);
+PAIR(dense_pair_bf16_wide_p1, Wide<BF16, GATE_UP>);
+PAIR(dense_pair_fp8_t16_p1, Narrow<FP8, GATE_UP, 16, 1>);
+PAIR(dense_pair_fp8_t64_p1, Narrow<FP8, GATE_UP, 64, 1>);
+PAIR(dense_pair_fp8_t32_p3, Narrow<FP8, GATE_UP, 32, 3>);
+PAIR(dense_pair_fp8_wide_p1, Wide<FP8, GATE_UP>);

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "fp8.cuh"
-#include "primitives.cuh"
 #include "workspace.cuh"
 
 enum class Weight { Bf16, Fp8 };
@@ -42,7 +41,7 @@ struct DenseCall {
     u32 tokens;
     // Of k, a multiple of 128.
     u32 piece;
-    Floats4* workspace;
+    Float4* workspace;
     u32* counters;
 };
 
@@ -394,11 +393,11 @@ struct DenseBlock {
         constexpr u32 ALL = TOKENS * ROWS / 4, LINE = ROWS / 4;
         static_assert(THREADS % LINE == 0);
         u32 pieces = gridDim.y, block = blockIdx.z * gridDim.x + blockIdx.x, live = live_tokens * LINE;
-        Floats4* parts = call.workspace + u64(block) * pieces * ALL + threadIdx.x;
+        Float4* parts = call.workspace + u64(block) * pieces * ALL + threadIdx.x;
         // This thread's places in the tile are as many lines apart.
-        auto* own = reinterpret_cast<Floats4*>(tile_at(threadIdx.x / LINE, threadIdx.x % LINE * 4));
+        auto* own = reinterpret_cast<Float4*>(tile_at(threadIdx.x / LINE, threadIdx.x % LINE * 4));
         constexpr u32 STEP = THREADS / LINE * TILE_STRIDE / 4;
-        Floats4 *to = parts + u64(blockIdx.y) * ALL, *from = own;
+        Float4 *to = parts + u64(blockIdx.y) * ALL, *from = own;
 #pragma unroll 1
         for (u32 i = threadIdx.x; i < live; i += THREADS, to += THREADS, from += STEP) *to = *from;
         if (!arrives_last(call.counters + block, pieces, flag)) return false;
@@ -406,10 +405,10 @@ struct DenseBlock {
         // added, because the loads take far longer.
         constexpr u32 BATCH = 8;
         u32 load_place = threadIdx.x, load_piece = 0, piece = 0;
-        const Floats4* load_from = parts;
-        Floats4 total{};
+        const Float4* load_from = parts;
+        Float4 total{};
         for (u32 i = threadIdx.x; i < live;) {
-            Floats4 loaded[BATCH];
+            Float4 loaded[BATCH];
 #pragma unroll
             for (u32 j = 0; j < BATCH; j++) {
                 if (load_place >= live) break;
@@ -423,7 +422,7 @@ struct DenseBlock {
 #pragma unroll
             for (u32 j = 0; j < BATCH; j++) {
                 if (i >= live) break;
-                const Floats4& p = loaded[j];
+                const Float4& p = loaded[j];
                 total = {total.x + p.x, total.y + p.y, total.z + p.z, total.w + p.w};
                 if (++piece < pieces) continue;
                 *own = total;

@@ -10,6 +10,7 @@
 // A file per format has its kernels (KERNELS).
 #pragma once
 
+#include "activation.cuh"
 #include "tile.cuh"
 
 // Pairs of one expert: `count` of them from place `first` in the order on.
@@ -31,47 +32,6 @@ template <class T>
 DEVICE const T* pointer(u64 address) {
     return reinterpret_cast<const T*>(address);
 }
-
-// a * b rounded, and never part of a fused operation.
-DEVICE float product_rounded(float a, float b) {
-#ifdef __CUDACC__
-    float r;
-    asm("mul.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-    return r;
-#else
-    return a * b;
-#endif
-}
-
-// 1 / x within one ulp, for x of 1 and more.
-DEVICE float reciprocal_fast(float x) {
-#ifdef __CUDACC__
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-#else
-    return 1 / x;
-#endif
-}
-
-// Gate and up, with their bias, to what down takes. NaN stays.
-struct Activation {
-    // Whether gate and up are limited (gpt-oss); if not, silu(gate) * up.
-    u32 clamped;
-    float limit, alpha;
-
-    MEMBER float operator()(float gate, float up) const {
-        constexpr float LOG2_E = 1.44269504f;
-        float steep = 1;
-        if (clamped) {
-            gate = gate > limit ? limit : gate;
-            up = (up > limit ? limit : up < -limit ? -limit : up) + 1;
-            steep = alpha;
-        }
-        float falling = 1 + exp2_fast(product_rounded(product_rounded(gate, steep), -LOG2_E));
-        return product_rounded(product_rounded(gate, reciprocal_fast(falling)), up);
-    }
-};
 
 // Where value `element` of a row lies: as it is, or in nibble order.
 DEVICE u32 position(u32 element, bool nibbles) {
@@ -102,7 +62,7 @@ struct Grouped {
 
     // Calls `work` for each of the block's items.
     template <u32 tokens, class Work>
-    MEMBER void for_each(Item<tokens>* item, u32 row_blocks, const Work& work) const {
+    DEVICE void for_each(Item<tokens>* item, u32 row_blocks, const Work& work) const {
         if (threadIdx.x == 0) item->number = blockIdx.x, item->taken = 0;
         for (;;) {
             // Done with the item before.
@@ -116,7 +76,7 @@ struct Grouped {
 
     // By one thread: what is left of the unit, or the block's next item. A count of 0 ends it.
     template <u32 tokens>
-    MEMBER void next(Item<tokens>* item, u32 row_blocks) const {
+    DEVICE void next(Item<tokens>* item, u32 row_blocks) const {
         u32 number = item->number, taken = item->taken, items = *unit_count * row_blocks;
         item->count = 0;
         for (; number < items; number += gridDim.x, taken = 0) {
@@ -134,7 +94,7 @@ struct Grouped {
 
     // `row_of(place)` is the row of the planes that the pair at this place in the order takes.
     template <class S, class Item, class Multiply, bool paired, class RowOf>
-    MEMBER Sums<S> sums(u8* shared, Item* item, const WeightRows<paired>& weights, const RowOf& row_of,
+    DEVICE Sums<S> sums(u8* shared, Item* item, const WeightRows<paired>& weights, const RowOf& row_of,
                         const Multiply& multiply) const {
         static_assert(S::TOKENS <= S::THREADS && S::TOKENS <= Item::TOKENS, "a thread finds one token");
         Sums<S> sums = {};
@@ -156,11 +116,12 @@ struct Up {
     u64 out_stride;
     u32 hidden, inter, ranks, row_step, nibbles;
     Activation activation;
+    u32 planes;
 
     static constexpr u32 ROWS_PER_OUTPUT = 2;
 
     template <class S, class Item, class Multiply>
-    MEMBER void run(u8* shared, Item* item, const Multiply& multiply) const {
+    DEVICE void run(u8* shared, Item* item, const Multiply& multiply) const {
         const Expert& weight = in.experts[item->expert];
         const WeightRows<true> weights = {{pointer<u8>(weight.gate.codes), pointer<u8>(weight.up.codes)},
                                     {pointer<u8>(weight.gate.scales), pointer<u8>(weight.up.scales)},
@@ -183,7 +144,7 @@ struct Up {
                 for (u32 i = 0; i < 2; i++) {
                     // Zero has one sign, however many zeros were added.
                     float gate = sums.of[m][n][i] + 0.0f + bias[0], up = sums.of[m][n][2 + i] + 0.0f + bias[1];
-                    value[i] = activation(gate, up);
+                    value[i] = activation.fast(gate, up);
                     if (spoilt[0] || spoilt[1]) value[i] = __uint_as_float(0x7fffffff);
                 }
                 u32 token = Sums<S>::token() + n * 8 + lane_id() % 4 * 2;
@@ -192,10 +153,9 @@ struct Up {
         }
     }
 
-    // The lane has one output of two tokens; with the lane of the output that is stored beside it, it trades for
-    // both outputs of one. The lane has one output of the places `place` and the next; with the lane of the output
-    // that is stored beside it, it trades for both outputs of one.
-    MEMBER void store(const float (&value)[2], u32 output, u32 place, u32 end) const {
+    // The lane has one output of the places `place` and the next; with the lane of the output that is stored beside
+    // it, it trades for both outputs of one.
+    DEVICE void store(const float (&value)[2], u32 output, u32 place, u32 end) const {
         u32 other = nibbles ? 4 : 1;
         bool second = output & other;
         float traded = __shfl_xor_sync(ALL_LANES, second ? value[0] : value[1], other * 4);
@@ -204,13 +164,10 @@ struct Up {
         if (place >= end) return;
         u16* row = out + u64(place) * inter + position(output & ~other, nibbles);
         for (u32 plane = 0; plane < planes; plane++) {
-            u32 pair = pack_bf16(low, high);
+            u32 pair = take_plane(low, high);
             *reinterpret_cast<u32*>(row + plane * out_stride) = pair;
-            low -= low_bf16(pair);
-            high -= high_bf16(pair);
         }
     }
-    u32 planes;
 };
 
 // ---- Down.
@@ -223,7 +180,7 @@ struct Down {
     static constexpr u32 ROWS_PER_OUTPUT = 1;
 
     template <class S, class Item, class Multiply>
-    MEMBER void run(u8* shared, Item* item, const Multiply& multiply) const {
+    DEVICE void run(u8* shared, Item* item, const Multiply& multiply) const {
         const Weight& weight = in.experts[item->expert].down;
         const WeightRows<false> weights = {{pointer<u8>(weight.codes), nullptr},
                                            {pointer<u8>(weight.scales), nullptr},
@@ -327,18 +284,19 @@ DEVICE void wgmma(const Side& side, u32 outputs, u8* shared, Item* item) {
 #define GROUPED {experts, order, units, unit_count, planes, stride}
 
 // x [planes][tokens][hidden] to inner [planes][place in the order][inter], for pairs token * ranks + rank.
-#define UP_KERNEL(name, threads, blocks, tokens, plane_count, ...)                                             \
+#define UP_KERNEL(name, threads, blocks, tokens, plane_count, ...)                                            \
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                             \
-        name(GROUPED_PARAMETERS, u16* out, u64 out_stride, u32 hidden, u32 inter, u32 ranks, u32 row_step,     \
+        name(GROUPED_PARAMETERS, u16* out, u64 out_stride, u32 hidden, u32 inter, u32 ranks, u32 row_step,    \
              u32 nibbles, u32 clamped, float limit, float alpha) {                                            \
         DYNAMIC_SHARED(shared);                                                                               \
         SHARED(Item<tokens>, item, 1);                                                                        \
         wait_for_previous();                                                                                  \
         let_next_start();                                                                                     \
-        Up side = {GROUPED, out, out_stride, hidden, inter, ranks, row_step, nibbles, {clamped, limit, alpha}, \
-                   plane_count};                                                                              \
+        Up side = {GROUPED, out, out_stride, hidden, inter, ranks, row_step, nibbles,                                 \
+                   {clamped, limit, alpha}, plane_count};                                                     \
         __VA_ARGS__(side, inter, shared, item);                                                               \
-    }
+    }                                                                                                         \
+    EXPORT(name)
 
 // inner [planes][place in the order][inter] to out [pair][hidden].
 #define DOWN_KERNEL(name, threads, blocks, tokens, ...)                                                       \
@@ -351,7 +309,8 @@ DEVICE void wgmma(const Side& side, u32 outputs, u8* shared, Item* item) {
         __VA_ARGS__(side, hidden, shared, item);                                                              \
         /* Where there was no item: what comes after this kernel counts on the one before. */                 \
         wait_for_previous();                                                                                  \
-    }
+    }                                                                                                         \
+    EXPORT(name)
 
 // `blocks` of the few on a multiprocessor: what registers allow. Code for sm_100 and later wants a few more.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -360,11 +319,11 @@ DEVICE void wgmma(const Side& side, u32 outputs, u8* shared, Item* item) {
 #define FEW_BLOCKS(blocks) blocks
 #endif
 #define KERNELS(format, Format, blocks)                                                                       \
-    UP_KERNEL(experts_up_##format##_few_1, 128, FEW_BLOCKS(blocks), FEW_TOKENS, 1, few<Format, 1>)        \
-    UP_KERNEL(experts_up_##format##_few_3, 128, 2, EXACT_TOKENS, 3, few<Format, 3>)                            \
-    UP_KERNEL(experts_up_##format##_wide, 256, 1, WIDE_TOKENS, 1, wide<Format>)                                \
-    UP_KERNEL(experts_up_##format##_wgmma, 256, 1, WIDE_TOKENS, 1, wgmma<Format>)                              \
-    DOWN_KERNEL(experts_down_##format##_few_1, 128, FEW_BLOCKS(blocks), FEW_TOKENS, few<Format, 1>)         \
-    DOWN_KERNEL(experts_down_##format##_few_3, 128, 2, EXACT_TOKENS, few<Format, 3>)                           \
-    DOWN_KERNEL(experts_down_##format##_wide, 256, 1, WIDE_TOKENS, wide<Format>)                               \
+    UP_KERNEL(experts_up_##format##_few_1, 128, FEW_BLOCKS(blocks), FEW_TOKENS, 1, few<Format, 1>);           \
+    UP_KERNEL(experts_up_##format##_few_3, 128, 2, EXACT_TOKENS, 3, few<Format, 3>);                          \
+    UP_KERNEL(experts_up_##format##_wide, 256, 1, WIDE_TOKENS, 1, wide<Format>);                              \
+    UP_KERNEL(experts_up_##format##_wgmma, 256, 1, WIDE_TOKENS, 1, wgmma<Format>);                            \
+    DOWN_KERNEL(experts_down_##format##_few_1, 128, FEW_BLOCKS(blocks), FEW_TOKENS, few<Format, 1>);          \
+    DOWN_KERNEL(experts_down_##format##_few_3, 128, 2, EXACT_TOKENS, few<Format, 3>);                         \
+    DOWN_KERNEL(experts_down_##format##_wide, 256, 1, WIDE_TOKENS, wide<Format>);                             \
     DOWN_KERNEL(experts_down_##format##_wgmma, 256, 1, WIDE_TOKENS, wgmma<Format>)

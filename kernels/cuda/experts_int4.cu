@@ -1,4 +1,5 @@
 // The experts' kernels for weights of INT4 with scales per 32.
+// For wgmma, and for kernels that start early (`wait_for_previous`):
 // architectures: 90a
 
 // Faults that tests plant.
@@ -11,13 +12,4 @@
 
 #include "experts.cuh"
 
-KERNELS(int4, Int4, 4)
-
-EXPORT(experts_up_int4_few_1);
-EXPORT(experts_up_int4_few_3);
-EXPORT(experts_up_int4_wide);
-EXPORT(experts_up_int4_wgmma);
-EXPORT(experts_down_int4_few_1);
-EXPORT(experts_down_int4_few_3);
-EXPORT(experts_down_int4_wide);
-EXPORT(experts_down_int4_wgmma);
+KERNELS(int4, Int4, 4);

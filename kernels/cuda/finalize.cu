@@ -3,6 +3,7 @@
 // x[t] = x[t] + shared[t] + weight[t, 0] * out[t, 0] + weight[t, 1] * out[t, 1] ..: one chain of f32, ranks
 // ascending, whatever the order in which experts were computed.
 //
+// For kernels that start early (`wait_for_previous`):
 // architectures: 90
 #include "rows.cuh"
 
@@ -16,39 +17,21 @@ struct Token {
 // Four columns: a token's rows are read side by side, and all ranks' loads are under way together.
 template <bool wide>
 DEVICE void finalize_columns(const Token& token, u32 column) {
-    float value[4];
-    auto load = [&](float (&to)[4], const float* row) {
-        if (wide) {
-            Float4 v = *reinterpret_cast<const Float4*>(row + column);
-            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) to[i] = column + i < token.hidden ? row[column + i] : 0.0f;
-        }
-    };
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) value[i] = 0.0f;
-    if (token.add) load(value, token.x);
+    auto load = [&](const float* row) { return load_four(row, column, token.hidden, wide); };
+    Float4 value{0, 0, 0, 0};
+    if (token.add) value = load(token.x);
     if (token.shared) {
-        float shared[4];
-        load(shared, token.shared);
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) value[i] += shared[i];
+        Float4 shared = load(token.shared);
+        value = {value.x + shared.x, value.y + shared.y, value.z + shared.z, value.w + shared.w};
     }
 #pragma unroll 8
     for (u32 rank = 0; rank < token.top_k; rank++) {
-        float out[4], weight = token.weights[rank];
-        load(out, token.out + u64(rank) * token.hidden);
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) value[i] = fmaf(weight, out[i], value[i]);
+        float weight = token.weights[rank];
+        Float4 out = load(token.out + u64(rank) * token.hidden);
+        value = {fmaf(weight, out.x, value.x), fmaf(weight, out.y, value.y), fmaf(weight, out.z, value.z),
+                 fmaf(weight, out.w, value.w)};
     }
-    if (wide) {
-        *reinterpret_cast<Float4*>(token.x + column) = {value[0], value[1], value[2], value[3]};
-    } else {
-#pragma unroll
-        for (u32 i = 0; i < 4; i++)
-            if (column + i < token.hidden) token.x[column + i] = value[i];
-    }
+    store_four(token.x, column, token.hidden, wide, value);
 }
 
 // x, shared [tokens, hidden]; out [tokens, top_k, hidden]; weights [tokens, top_k]. Of the rows the first *tokens

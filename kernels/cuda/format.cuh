@@ -6,10 +6,7 @@
 // 8 t + j lies at 8 (j % 4) + 2 t + j / 4.
 #pragma once
 
-#include "primitives.cuh"
-
-// A function inside a class.
-#define MEMBER __device__ __forceinline__
+#include "fp8.cuh"
 
 DEVICE u32 max_bf16x2(u32 a, u32 b) {
 #ifdef __CUDACC__
@@ -32,10 +29,10 @@ struct Swizzled {
     u32 row, chunk;
 
     // Row `row`, and chunks from the `first` on.
-    MEMBER Swizzled(u32 row, u32 first) : row(row * row_bytes), chunk((first ^ turn(row)) << 4) {}
-    static MEMBER u32 turn(u32 row) { return row_bytes == 128 ? row % 8 : row / 2 % 4; }
+    DEVICE Swizzled(u32 row, u32 first) : row(row * row_bytes), chunk((first ^ turn(row)) << 4) {}
+    static DEVICE u32 turn(u32 row) { return row_bytes == 128 ? row % 8 : row / 2 % 4; }
     // Chunk `further` has no bit in common with the first.
-    MEMBER u32 at(u32 further) const { return row + (chunk ^ further << 4); }
+    DEVICE u32 at(u32 further) const { return row + (chunk ^ further << 4); }
 };
 
 // Each format has: CODE_BITS; GROUP, the k whose products are summed before the scale (32, or a whole tile);
@@ -44,7 +41,7 @@ struct Swizzled {
 // what `fragment` notes on the way and the end of a row is told (of the lane's rows g and g + 8).
 
 struct Unwatched {
-    MEMBER bool spoilt(u32) const { return false; }
+    DEVICE bool spoilt(u32) const { return false; }
 };
 
 struct Bf16 {
@@ -56,27 +53,27 @@ struct Bf16 {
 
     // Of the tile at `codes`: the rows from `row` (a multiple of 16) on, the k from 32 `at` on.
     template <u32 row_bytes>
-    static MEMBER Block load(const u8* codes, u32 row, u32 at) {
+    static DEVICE Block load(const u8* codes, u32 row, u32 at) {
         Block block;
         const Swizzled<row_bytes> place(row + lane_id() % 16, lane_id() / 16);
         for (u32 step = 0; step < 2; step++)
             load_matrix_x4(block.words[step], codes + place.at(at * 4 + step * 2));
         return block;
     }
-    static MEMBER void fragment(u32 (&a)[4], const Block& block, u32 step, Watch&) {
+    static DEVICE void fragment(u32 (&a)[4], const Block& block, u32 step, Watch&) {
         for (u32 i = 0; i < 4; i++) a[i] = block.words[step][i];
     }
-    static MEMBER float scale(const u8*) { return 1; }
+    static DEVICE float scale(const u8*) { return 1; }
 };
 
 // e4m3fn codes with an f32 per block of 128 x 128.
 struct Fp8 {
     static constexpr u32 CODE_BITS = 8, GROUP = 128, SCALE_K = 128, SCALE_ROWS = 128, SCALE_BYTES = 4;
-    // The magnitudes' maximum, as bits of a bf16: 0x7f is NaN, would become 480, and has no other way to it.
+    // The greatest of `e4m3_magnitudes`: 0x7f is NaN, would become 480, and has no other way to it.
     struct Watch {
         u32 peak[2] = {0, 0};
 
-        MEMBER bool spoilt(u32 half) const {
+        DEVICE bool spoilt(u32 half) const {
             u32 all = peak[half];
             all = max_bf16x2(all, __shfl_xor_sync(ALL_LANES, all, 1));
             all = max_bf16x2(all, __shfl_xor_sync(ALL_LANES, all, 2));
@@ -88,7 +85,7 @@ struct Fp8 {
     };
 
     template <u32 row_bytes>
-    static MEMBER Block load(const u8* codes, u32 row, u32 at) {
+    static DEVICE Block load(const u8* codes, u32 row, u32 at) {
         Block block;
         const Swizzled<row_bytes> place(row + lane_id() / 4, 0);
         const u8* pairs = codes + lane_id() % 4 * 2;
@@ -98,16 +95,14 @@ struct Fp8 {
                     pairs + place.at(at * 2 + step) + i % 2 * 8 * row_bytes + i / 2 * 8);
         return block;
     }
-    // Exponent and mantissa move into those of a bf16, whose bias is 120 more.
-    static MEMBER void fragment(u32 (&a)[4], const Block& block, u32 step, Watch& watch) {
+    static DEVICE void fragment(u32 (&a)[4], const Block& block, u32 step, Watch& watch) {
         for (u32 i = 0; i < 4; i++) {
-            u32 spread = permute(block.pairs[step][i], 0, 0x1404);
-            u32 magnitude = spread >> 4 & 0x07f007f0;
-            watch.peak[i % 2] = max_bf16x2(watch.peak[i % 2], magnitude);
-            a[i] = fma_bf16x2(and_or(spread, 0x80008000, magnitude), 0x7b807b80, 0x80008000);
+            u32 spread = permute(block.pairs[step][i], 0, FIRST_TWO);
+            watch.peak[i % 2] = max_bf16x2(watch.peak[i % 2], e4m3_magnitudes(spread));
+            a[i] = e4m3_pair(spread);
         }
     }
-    static MEMBER float scale(const u8* at) { return *reinterpret_cast<const float*>(at); }
+    static DEVICE float scale(const u8* at) { return *reinterpret_cast<const float*>(at); }
 };
 
 // Codes of four bits: a matrix of ldmatrix is 8 rows of 32 k, and its word of a lane holds the lane's fragments of
@@ -120,14 +115,14 @@ struct Nibbles {
     };
 
     template <u32 row_bytes>
-    static MEMBER Block load(const u8* codes, u32 row, u32 at) {
+    static DEVICE Block load(const u8* codes, u32 row, u32 at) {
         Block block;
         const Swizzled<row_bytes> place(row + lane_id() % 16, 0);
         load_matrix_x2(block.words, codes + place.at(at));
         return block;
     }
     // Which of the four pairs of word i % 2 is pair i of the fragment.
-    static MEMBER u32 pair(u32 step, u32 i) {
+    static DEVICE u32 pair(u32 step, u32 i) {
 #ifdef WITH_WRONG_PAIR
         return step + i / 2 * 2;
 #else
@@ -141,13 +136,13 @@ struct Int4 : Nibbles {
     static constexpr u32 SCALE_BYTES = 2;
 
     // The nibble as the low bits of 128 + q + 8, less 136.
-    static MEMBER void fragment(u32 (&a)[4], const Block& block, u32 step, Watch&) {
+    static DEVICE void fragment(u32 (&a)[4], const Block& block, u32 step, Watch&) {
         for (u32 i = 0; i < 4; i++) {
             u32 biased = and_or(block.words[i % 2] >> 4 * pair(step, i), 0x000f000f, 0x43004300);
             a[i] = fma_bf16x2(biased, 0x3f803f80, 0xc308c308);
         }
     }
-    static MEMBER float scale(const u8* at) { return bf16_to_f32(*reinterpret_cast<const u16*>(at)); }
+    static DEVICE float scale(const u8* at) { return bf16_to_f32(*reinterpret_cast<const u16*>(at)); }
 };
 
 // e2m1 codes with a power of two per 32.
@@ -155,7 +150,7 @@ struct Mxfp4 : Nibbles {
     static constexpr u32 SCALE_BYTES = 1;
 
     // Sign, and exponent and mantissa, move to where a bf16 has them; its bias is 126 more.
-    static MEMBER void fragment(u32 (&a)[4], const Block& block, u32 step, Watch&) {
+    static DEVICE void fragment(u32 (&a)[4], const Block& block, u32 step, Watch&) {
         for (u32 i = 0; i < 4; i++) {
             u32 codes = block.words[i % 2], j = pair(step, i);
             u32 magnitude = (j < 2 ? codes << (6 - 4 * j) : codes >> (4 * j - 6)) & 0x01c001c0;
@@ -163,7 +158,7 @@ struct Mxfp4 : Nibbles {
         }
     }
     // 2^(code - 127), of which code 0 is a subnormal; 255 is NaN.
-    static MEMBER float scale(const u8* at) {
+    static DEVICE float scale(const u8* at) {
         u32 code = *at;
         u32 bits = max(code << 23, 0x00400000u);
         return __uint_as_float(code == 255 ? 0x7fffffffu : bits);

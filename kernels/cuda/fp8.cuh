@@ -3,13 +3,23 @@
 
 #include "primitives.cuh"
 
-// Codes 0 and 1 of a word as one pair, 2 and 3 as the other: exactly, but NaN as 480. See `e4m3_not_a_number`.
+// What `permute(codes, 0, ..)` takes to spread two codes of a word: each into the high byte of a half, above zeros.
+constexpr u32 FIRST_TWO = 0x1404, LAST_TWO = 0x3424;
+
+// Exponent and mantissa of two spread codes, moved to where bf16 has them.
+DEVICE u32 e4m3_magnitudes(u32 spread) { return spread >> 4 & 0x07f007f0; }
+
+// Two spread codes as bf16: exactly, but NaN as 480.
+DEVICE u32 e4m3_pair(u32 spread) {
+    // What was moved is the value times 2^-120, also without a leading one: the biases differ by that.
+    constexpr u32 SIGN = 0x80008000, TWO_TO_120 = 0x7b807b80, MINUS_ZERO = 0x80008000;
+    return fma_bf16x2(and_or(spread, SIGN, e4m3_magnitudes(spread)), TWO_TO_120, MINUS_ZERO);
+}
+
+// Codes 0 and 1 of a word as one pair, 2 and 3 as the other. See `e4m3_not_a_number`.
 DEVICE void e4m3_to_bf16(u32 codes, u32& low, u32& high) {
-    // Exponent and mantissa, moved to where bf16 has them, are the value times 2^-120: the biases differ by that.
-    constexpr u32 SIGN = 0x80008000, REST = 0x07f007f0, TWO_TO_120 = 0x7b807b80, MINUS_ZERO = 0x80008000;
-    u32 first = permute(codes, 0, 0x1404), second = permute(codes, 0, 0x3424);
-    low = fma_bf16x2(and_or(first, SIGN, first >> 4 & REST), TWO_TO_120, MINUS_ZERO);
-    high = fma_bf16x2(and_or(second, SIGN, second >> 4 & REST), TWO_TO_120, MINUS_ZERO);
+    low = e4m3_pair(permute(codes, 0, FIRST_TWO));
+    high = e4m3_pair(permute(codes, 0, LAST_TWO));
 }
 
 // Not 0 if one of the four codes is NaN.

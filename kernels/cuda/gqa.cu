@@ -9,6 +9,7 @@
 //
 // A block takes `tokens_per_block` consecutive tokens. Runs of them that belong to one sequence and cut their
 // context alike go through the tiles together; a prompt's are one run.
+// For kernels that start early (`wait_for_previous`):
 // architectures: 90
 #include "attention.cuh"
 
@@ -104,9 +105,7 @@ struct GqaBlock {
         return {first_token() + token, kv_head() * per + head, there};
     }
 
-    DEVICE u32 begin_of(u32 position) const {
-        return gqa.window && position >= gqa.window ? position + 1 - gqa.window : 0;
-    }
+    DEVICE u32 begin_of(u32 position) const { return first_seen(position, gqa.window); }
 
     // The run of tokens from `first` on; false if that one is none.
     DEVICE bool find_run(u32 first) {
@@ -223,18 +222,10 @@ struct GqaBlock {
     // This warp's scores, not scaled.
     DEVICE void multiply_keys(const u8* tile, const u32 (&queries)[STEPS][4], float (&scores)[OWN_KEYS][4]) const {
         u32 lane = lane_id(), first = warp_id() % warps * OWN_KEYS * 8;
-        const u8* from = tile + (first + lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 16;
+        const u8* from = lane_keys<STRIDE>(tile, first, lane);
         clear(scores);
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-#pragma unroll
-            for (int n = 0; n < OWN_KEYS; n += 2) {
-                u32 key[4];
-                load_matrix_x4(key, from + n * 8 * STRIDE + step * 32);
-                multiply_bf16(scores[n], queries[step], {key[0], key[1]});
-                multiply_bf16(scores[n + 1], queries[step], {key[2], key[3]});
-            }
-        }
+        for (int step = 0; step < STEPS; step++) add_scores<STRIDE>(scores, queries[step], from + step * 32);
     }
 
     // All scores of the tile.
@@ -254,11 +245,11 @@ struct GqaBlock {
                 scores[n][0] = four.x, scores[n][1] = four.y, scores[n][2] = four.z, scores[n][3] = four.w;
             }
         }
-        float scale = multiply(gqa.scale, LOG2_E);
+        float scale = multiply_rn(gqa.scale, LOG2_E);
 #pragma unroll
         for (int n = 0; n < KEYS; n++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) scores[n][i] = multiply(scores[n][i], scale);
+            for (int i = 0; i < 4; i++) scores[n][i] = multiply_rn(scores[n][i], scale);
         }
     }
 
@@ -271,25 +262,7 @@ struct GqaBlock {
 #pragma unroll
             for (int n = 0; n < KEYS; n++) {
                 int at = first + n * 8 + lane_id() % 4 * 2 + i % 2;
-                if (at < low || at > positions[i / 2]) scores[n][i] = minus_infinity();
-            }
-        }
-    }
-
-    // values += weights * the tile's values, of this warp's columns.
-    DEVICE void add_values(const u8* tile, const u32 (&weights)[KEYS][2], float (&values)[COLUMNS][4]) const {
-        u32 lane = lane_id();
-        const u8* from = tile + lane % 16 * STRIDE + warp_id() % warps * COLUMNS * 16 + lane / 16 * 16;
-#pragma unroll
-        for (int step = 0; step < KEYS / 2; step++) {
-            const u32 weight[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0],
-                                   weights[2 * step + 1][1]};
-#pragma unroll
-            for (int n = 0; n < COLUMNS; n += 2) {
-                u32 value[4];
-                load_matrix_x4_transposed(value, from + step * 16 * STRIDE + n * 16);
-                multiply_bf16(values[n], weight, {value[0], value[1]});
-                multiply_bf16(values[n + 1], weight, {value[2], value[3]});
+                if (at < low || at > positions[i / 2]) scores[n][i] = -INFINITY;
             }
         }
     }
@@ -309,32 +282,15 @@ struct GqaBlock {
             u32 column = warp_id() % warps * COLUMNS * 8 + lane_id() % 4 * 2;
             if (gqa.partials) {
                 u64 at = (u64(row.token) * gqa.spans + span - first) * gqa.heads + row.head;
-                float* to = gqa.partials + at * gqa.value + column;
-                for_columns(column, [&](int n) {
-                    *reinterpret_cast<Float2*>(to + n * 8) = {values[n][2 * which] + 0.0f,
-                                                              values[n][2 * which + 1] + 0.0f};
-                });
-                u64 states = u64(gqa.tokens) * gqa.spans * gqa.heads * gqa.value + at * 2;
-                if (column == 0) *reinterpret_cast<Float2*>(gqa.partials + states) = {state.maximum[which], sum};
+                u64 parts = u64(gqa.tokens) * gqa.spans * gqa.heads;
+                store_part(gqa.partials, parts, at, column, gqa.value, values, which, state.maximum[which], sum);
                 continue;
             }
             Shares shares = join(joined[which], state.maximum[which], sum);
             float factor = span == last ? last_factor(joined[which], gqa.sinks, row.head) : 1;
-            float* to = gqa.out + (u64(row.token) * gqa.heads + row.head) * gqa.value + column;
-            for_columns(column, [&](int n) {
-                Float2* two = reinterpret_cast<Float2*>(to + n * 8);
-                Float2 old = span == first ? Float2{0, 0} : *two;
-                *two = {multiply(join_value(old.x, values[n][2 * which], shares), factor),
-                        multiply(join_value(old.y, values[n][2 * which + 1], shares), factor)};
-            });
+            float* to = gqa.out + (u64(row.token) * gqa.heads + row.head) * gqa.value;
+            join_values(to, column, gqa.value, values, which, span == first, shares, factor);
         }
-    }
-
-    template <class F>
-    DEVICE void for_columns(u32 column, F&& take) const {
-#pragma unroll
-        for (int n = 0; n < COLUMNS; n++)
-            if (column + n * 8 < gqa.value) take(n);
     }
 
     // All tiles of the run, or those of the one span that this block has of it.
@@ -386,7 +342,9 @@ struct GqaBlock {
         mask(first, positions, scores);
         soften(scores, weights, state, keep);
         rescale(values, keep);
-        add_values(tile_of(stage, 1), weights, values);
+        // Of the values this warp has some columns.
+        const u8* own_values = tile_of(stage, 1) + warp_id() % warps * COLUMNS * 16;
+        add_values<STRIDE>(values, weights, own_values, lane_id());
     }
 
     DEVICE void take_block() {

@@ -6,6 +6,7 @@
 // additions only count. Up to 8192 pairs are one block's work; more are cut into chunks, a block for each, with a
 // scan in between.
 //
+// For kernels that start early (`wait_for_previous`):
 // architectures: 90
 #include "lanes.cuh"
 

@@ -9,6 +9,7 @@
 //
 // The values are the first `latent` columns of the same tile. Rows of tiles are padded by 16 bytes, so the eight
 // rows of an 8x8 matrix lie in different banks. Widths are zero-filled up to what the kernel was compiled for.
+// For kernels that start early (`wait_for_previous`):
 // architectures: 90
 #include "attention.cuh"
 
@@ -169,7 +170,7 @@ struct MlaBlock {
                       float (&scores)[4][4]) const {
         clear(scores);
         u32 lane = lane_id();
-        const u8* keys = tile + (lane / 16 * 8 + lane % 8) * STRIDE + warp_half() * steps * 32 + lane / 8 % 2 * 16;
+        const u8* keys = lane_keys<STRIDE>(tile, 0, lane) + warp_half() * steps * 32;
 #pragma unroll
         for (int step = 0; step < steps; step++) {
             u32 query[4];
@@ -180,52 +181,28 @@ struct MlaBlock {
 #pragma unroll
                 for (int i = 0; i < 4; i++) query[i] = queries[step - SPARE][i];
             }
-#pragma unroll
-            for (int pair = 0; pair < 2; pair++) {
-                u32 key[4];
-                load_matrix_x4(key, keys + pair * 16 * STRIDE + step * 32);
-                multiply_bf16(scores[2 * pair], query, {key[0], key[1]});
-                multiply_bf16(scores[2 * pair + 1], query, {key[2], key[3]});
-            }
+            add_scores<STRIDE>(scores, query, keys + step * 32);
         }
         Float4* mine = halves() + warp_id() * 128 + lane;
         Float4* others = halves() + (warp_id() ^ 1) * 128 + lane;
 #pragma unroll
         for (int n = 0; n < 4; n++) mine[n * 32] = {scores[n][0], scores[n][1], scores[n][2], scores[n][3]};
         barrier_wait(1 + warp_id() / 2, 64);
-        float scale = multiply(mla.scale, LOG2_E);
+        float scale = multiply_rn(mla.scale, LOG2_E);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             Float4 half = others[n * 32];
-            scores[n][0] = multiply(scores[n][0] + half.x, scale);
-            scores[n][1] = multiply(scores[n][1] + half.y, scale);
-            scores[n][2] = multiply(scores[n][2] + half.z, scale);
-            scores[n][3] = multiply(scores[n][3] + half.w, scale);
+            scores[n][0] = multiply_rn(scores[n][0] + half.x, scale);
+            scores[n][1] = multiply_rn(scores[n][1] + half.y, scale);
+            scores[n][2] = multiply_rn(scores[n][2] + half.z, scale);
+            scores[n][3] = multiply_rn(scores[n][3] + half.w, scale);
         }
         if (first + TILE > end) {
 #pragma unroll
             for (int n = 0; n < 4; n++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    if (first + n * 8 + lane % 4 * 2 + i % 2 >= end) scores[n][i] = minus_infinity();
-            }
-        }
-    }
-
-    // values += weights * the tile's values, of this warp's columns.
-    DEVICE void add_values(const u8* tile, const u32 (&weights)[4][2], float (&values)[MATRICES][4]) const {
-        u32 lane = anew(lane_id());
-        const u8* from = tile + lane % 16 * STRIDE + warp_half() * columns * 2 + lane / 16 * 16;
-#pragma unroll
-        for (int step = 0; step < 2; step++) {
-            const u32 weight[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0],
-                                   weights[2 * step + 1][1]};
-#pragma unroll
-            for (int n = 0; n < MATRICES; n += 2) {
-                u32 value[4];
-                load_matrix_x4_transposed(value, from + step * 16 * STRIDE + n * 16);
-                multiply_bf16(values[n], weight, {value[0], value[1]});
-                multiply_bf16(values[n + 1], weight, {value[2], value[3]});
+                    if (first + n * 8 + lane % 4 * 2 + i % 2 >= end) scores[n][i] = -INFINITY;
             }
         }
     }
@@ -246,33 +223,16 @@ struct MlaBlock {
             u32 column = anew(warp_half() * columns + lane_id() % 4 * 2);
             if (mla.partials) {
                 u64 at = (u64(token) * mla.spans + blockIdx.z) * mla.heads + head;
-                float* to = mla.partials + at * latent() + column;
-                for_columns(column, [&](int n) {
-                    *reinterpret_cast<Float2*>(to + n * 8) = {values[n][2 * row] + 0.0f,
-                                                              values[n][2 * row + 1] + 0.0f};
-                });
-                u64 states = u64(gridDim.x) * mla.spans * mla.heads * latent() + at * 2;
-                if (column == 0) *reinterpret_cast<Float2*>(mla.partials + states) = {state.maximum[row], sum};
+                u64 parts = u64(gridDim.x) * mla.spans * mla.heads;
+                store_part(mla.partials, parts, at, column, latent(), values, row, state.maximum[row], sum);
                 continue;
             }
             Shares shares = join(both[row], state.maximum[row], sum);
             if (lane_id() % 4 == 0) so_far[row * 8] = both[row];
             float factor = last ? last_factor(both[row], nullptr, 0) : 1;
-            float* to = mla.out + (u64(token) * mla.heads + head) * latent() + column;
-            for_columns(column, [&](int n) {
-                Float2* two = reinterpret_cast<Float2*>(to + n * 8);
-                Float2 old = first ? Float2{0, 0} : *two;
-                *two = {multiply(join_value(old.x, values[n][2 * row], shares), factor),
-                        multiply(join_value(old.y, values[n][2 * row + 1], shares), factor)};
-            });
+            float* to = mla.out + (u64(token) * mla.heads + head) * latent();
+            join_values(to, column, latent(), values, row, first, shares, factor);
         }
-    }
-
-    template <class F>
-    DEVICE void for_columns(u32 column, F&& take) const {
-#pragma unroll
-        for (int n = 0; n < MATRICES; n++)
-            if (column + n * 8 < latent()) take(n);
     }
 
     DEVICE void run() {
@@ -322,7 +282,8 @@ struct MlaBlock {
         u32 weights[4][2];
         soften(scores, weights, state, keep);
         rescale(values, keep);
-        add_values(tile, weights, values);
+        // Of the values this warp has half of the columns.
+        add_values<STRIDE>(values, weights, tile + warp_half() * columns * 2, anew(lane_id()));
     }
 };
 

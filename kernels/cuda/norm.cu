@@ -4,6 +4,7 @@
 // width only, so a row gives the same bits wherever it stands. Everything here is bound by memory: a row is read
 // once, sixteen bytes at a time, and kept in registers between the sum and the products.
 //
+// For kernels that start early (`wait_for_previous`):
 // architectures: 90
 #include "rows.cuh"
 
@@ -141,17 +142,7 @@ extern "C" __global__ void __launch_bounds__(128)
     float* head = x + index / heads * stride + index % heads * head_stride;
     u32 first = lane_id() * 4;
     bool wide = width % 4 == 0 && rows_aligned(x, stride * 4) && rows_aligned(weight, u64(head_stride) * 4);
-    auto load = [&](const float* from, u32 column) {
-        Float4 v{0, 0, 0, 0};
-        if (wide && column < width) v = *reinterpret_cast<const Float4*>(from + column);
-        if (!wide) {
-            if (column < width) v.x = from[column];
-            if (column + 1 < width) v.y = from[column + 1];
-            if (column + 2 < width) v.z = from[column + 2];
-            if (column + 3 < width) v.w = from[column + 3];
-        }
-        return v;
-    };
+    auto load = [&](const float* from, u32 column) { return load_four(from, column, width, wide); };
     auto add = [](float sum, Float4 v) {
         return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
     };
@@ -169,13 +160,7 @@ extern "C" __global__ void __launch_bounds__(128)
     auto finish = [&](Float4 v, u32 column) {
         Float4 gain = weight ? load(weight, column) : Float4{1, 1, 1, 1};
         v = {v.x * scale * gain.x, v.y * scale * gain.y, v.z * scale * gain.z, v.w * scale * gain.w};
-        if (wide && column < width) *reinterpret_cast<Float4*>(head + column) = v;
-        if (!wide) {
-            if (column < width) head[column] = v.x;
-            if (column + 1 < width) head[column + 1] = v.y;
-            if (column + 2 < width) head[column + 2] = v.z;
-            if (column + 3 < width) head[column + 3] = v.w;
-        }
+        store_four(head, column, width, wide, v);
     };
 #pragma unroll
     for (u32 i = 0; i < KEPT_OF_HEAD; i++) finish(kept[i], first + i * 128);

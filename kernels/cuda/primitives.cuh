@@ -16,6 +16,12 @@ struct __attribute__((aligned(16))) Bytes16 {
 struct __attribute__((aligned(8))) Bytes8 {
     u32 x, y;
 };
+struct __attribute__((aligned(16))) Float4 {
+    float x, y, z, w;
+};
+struct __attribute__((aligned(8))) Float2 {
+    float x, y;
+};
 
 #ifdef __CUDACC__
 #define DEVICE __device__ __forceinline__
@@ -73,6 +79,19 @@ DEVICE u32 pack_bf16(float low, float high) {
 DEVICE float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
 
+// What a plane holds of two values, which keep what it leaves for the planes after it.
+DEVICE u32 take_plane(float& low, float& high) {
+    u32 pair = pack_bf16(low, high);
+    low -= low_bf16(pair);
+    high -= high_bf16(pair);
+    return pair;
+}
+DEVICE u16 take_plane(float& value) {
+    u16 rounded = f32_to_bf16(value);
+    value -= bf16_to_f32(rounded);
+    return rounded;
+}
+
 // a * b + c of both halves, each rounded once.
 DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 #ifdef __CUDACC__
@@ -123,7 +142,20 @@ DEVICE u64 high_product(u64 a, u64 b) {
 #endif
 }
 
-// ---- exp, fast where stated.
+// ---- f32.
+
+constexpr float LOG2_E = 1.44269504088896340736f;
+
+// a * b rounded to nearest, and never part of a fused operation.
+DEVICE float multiply_rn(float a, float b) {
+#ifdef __CUDACC__
+    float r;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+#else
+    return a * b;
+#endif
+}
 
 // 2^x within 2 ulp; 0 for -inf.
 DEVICE float exp2_fast(float x) {
@@ -134,6 +166,23 @@ DEVICE float exp2_fast(float x) {
 #else
     return exp2f(x);
 #endif
+}
+
+// 1 / x within one ulp, for x of 1 and more.
+DEVICE float reciprocal_fast(float x) {
+#ifdef __CUDACC__
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+#else
+    return 1 / x;
+#endif
+}
+
+// A whole number that is greater where the value is; of NaN any, and -0 is just below 0.
+DEVICE u32 ascending_bits(float x) {
+    u32 bits = __float_as_uint(x);
+    return bits & 0x80000000 ? ~bits : bits | 0x80000000;
 }
 
 // ---- Asynchronous copies from global to shared memory. They land when waited for.
@@ -316,6 +365,7 @@ DEVICE void multiply_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 }
 
 // ---- Between kernels of a stream, where the device can start the next one early (sm_90 and later).
+// A file asks for PTX of its own for sm_90 by `// architectures:`; with the general PTX no kernel starts early.
 
 // Until what the kernels before this one wrote is there. What does not depend on it may be read before.
 DEVICE void wait_for_previous() {
@@ -343,7 +393,8 @@ DEVICE u64 clock_nanoseconds() {
 
 // ---- Sums over a warp, in one fixed order.
 
-DEVICE float warp_sum(float x) {
+template <class T>
+DEVICE T warp_sum(T x) {
     for (int bits = 16; bits; bits >>= 1) x += __shfl_xor_sync(ALL_LANES, x, bits);
     return x;
 }

@@ -3,6 +3,7 @@
 // Rotations come from a table that the host makes (cosines and sines, times the attention scale). A cached row has
 // the bytes that the host's cache would have, to the last bit, so that caches can move between the two.
 //
+// For kernels that start early (`wait_for_previous`):
 // architectures: 90
 #include "lanes.cuh"
 #include "rows.cuh"

@@ -4,6 +4,7 @@
 // index wins, and NaN is below everything. A warp per token: expert e is lane e % 32's, so that logits are read
 // side by side; values are compared as whole numbers in their order, which a warp does in one instruction.
 //
+// For kernels that start early (`wait_for_previous`):
 // architectures: 90
 #include "lanes.cuh"
 
@@ -25,14 +26,12 @@ struct Rule {
 };
 
 DEVICE u32 place_of(u32 expert) { return expert + expert / 32; }
-DEVICE float minus_infinity() { return __uint_as_float(0xff800000); }
 
 // A whole number that is greater where the value is. Zeros are equal, NaN is 1, and 0 is left for what may not be
 // chosen.
 DEVICE u32 order_of(float x) {
     if (x != x) return 1;
-    u32 bits = __float_as_uint(x == 0.0f ? 0.0f : x);
-    return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+    return ascending_bits(x == 0.0f ? 0.0f : x);
 }
 DEVICE float value_of(u32 order) {
     return __uint_as_float(order == 1 ? 0x7fffffff : order & 0x80000000 ? order & 0x7fffffff : ~order);
@@ -73,7 +72,7 @@ DEVICE u32 kept_groups(const Rule& rule, const float* choice) {
 DEVICE float weight_of_chosen(const Rule& rule, float score) {
     bool chosen = lane_id() < rule.top_k;
     if (rule.score == SOFTMAX_OF_CHOSEN) {
-        float peak = warp_max(chosen ? score : minus_infinity());
+        float peak = warp_max(chosen ? score : -INFINITY);
         float power = chosen ? expf(score - peak) : 0.0f;
         score = power / warp_sum(power);
     }
@@ -91,7 +90,7 @@ DEVICE void to_scores(const Rule& rule, float (&score)[MINE]) {
         for (u32 i = 0; i < MINE; i++) score[i] = 1.0f / (1.0f + expf(-score[i]));
     }
     if (rule.score == SOFTMAX) {
-        float peak = minus_infinity(), sum = 0.0f;
+        float peak = -INFINITY, sum = 0.0f;
 #pragma unroll
         for (u32 i = 0; i < MINE; i++) peak = fmaxf(peak, score[i]);
         peak = warp_max(peak);
@@ -114,7 +113,7 @@ DEVICE void route_token(const Rule& rule, const float* logits, const float* bias
     float score[MINE];
 #pragma unroll
     for (u32 i = 0; i < MINE; i++)
-        score[i] = i * 32 + lane < rule.experts ? logits[i * 32 + lane] : minus_infinity();
+        score[i] = i * 32 + lane < rule.experts ? logits[i * 32 + lane] : -INFINITY;
     to_scores(rule, score);
 
     u32 order[MINE];

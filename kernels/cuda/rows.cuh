@@ -3,10 +3,6 @@
 
 #include "primitives.cuh"
 
-struct __attribute__((aligned(16))) Float4 {
-    float x, y, z, w;
-};
-
 // Values that a thread handles at once: one word of 4-bit codes has as many.
 constexpr u32 UNIT = 8;
 
@@ -41,6 +37,28 @@ DEVICE void store_unit(float* row, u32 column, u32 width, const float (&value)[U
 #pragma unroll
         for (u32 i = 0; i < UNIT; i++)
             if (column + i < width) row[column + i] = value[i];
+    }
+}
+
+// Four columns, as above.
+DEVICE Float4 load_four(const float* row, u32 column, u32 width, bool wide) {
+    Float4 v{0, 0, 0, 0};
+    if (wide && column < width) v = *reinterpret_cast<const Float4*>(row + column);
+    if (!wide) {
+        if (column < width) v.x = row[column];
+        if (column + 1 < width) v.y = row[column + 1];
+        if (column + 2 < width) v.z = row[column + 2];
+        if (column + 3 < width) v.w = row[column + 3];
+    }
+    return v;
+}
+DEVICE void store_four(float* row, u32 column, u32 width, bool wide, Float4 v) {
+    if (wide && column < width) *reinterpret_cast<Float4*>(row + column) = v;
+    if (!wide) {
+        if (column < width) row[column] = v.x;
+        if (column + 1 < width) row[column + 1] = v.y;
+        if (column + 2 < width) row[column + 2] = v.z;
+        if (column + 3 < width) row[column + 3] = v.w;
     }
 }
 
@@ -83,11 +101,7 @@ DEVICE void store_planes(const Planes& to, u64 at, u32 column, u32 width, float 
     for (u32 plane = 0; plane < to.count; plane++) {
         u32 word[4];
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-            word[i] = pack_bf16(value[2 * i], value[2 * i + 1]);
-            value[2 * i] -= low_bf16(word[i]);
-            value[2 * i + 1] -= high_bf16(word[i]);
-        }
+        for (u32 i = 0; i < 4; i++) word[i] = take_plane(value[2 * i], value[2 * i + 1]);
         u64 first = plane * to.stride + at + column;
         if (to.natural && wide) {
             auto* out = reinterpret_cast<Bytes16*>(to.natural + first);

@@ -9,7 +9,6 @@ constexpr u32 SAMPLE_THREADS = 512;
 constexpr u32 SAMPLE_WARPS = SAMPLE_THREADS / 32;
 // A relative probability of 1.
 constexpr float ONE = 1099511627776.0f;
-constexpr float LOG2_E = 1.4426950408889634f;
 
 // What is done to the logit of one token before the choice.
 struct Adjustment {
@@ -55,9 +54,7 @@ EXPORT(adjust_logits);
 
 // Larger for what is more likely, of equal logits for the lower id. NaN and what is masked come last.
 DEVICE u64 rank_of(float logit, u32 id) {
-    u32 bits = __float_as_uint(logit + 0.0f);
-    u32 ascending = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return u64(ascending) << 32 | u32(~id);
+    return u64(ascending_bits(logit + 0.0f)) << 32 | u32(~id);
 }
 
 struct SampleRow {
@@ -65,9 +62,10 @@ struct SampleRow {
     const u32* mask;
     u32 vocab;
 
+    DEVICE bool allowed(u32 id) const { return !mask || mask[id / 32] >> (id % 32) & 1; }
     // -inf for NaN and for tokens that the mask leaves out.
     DEVICE float logit(u32 id) const {
-        if (mask && !(mask[id / 32] >> (id % 32) & 1)) return -INFINITY;
+        if (!allowed(id)) return -INFINITY;
         float x = logits[id];
         return x == x ? x : -INFINITY;
     }
@@ -87,7 +85,7 @@ DEVICE u64 block_max(u64 x, u64* scratch) {
 }
 
 DEVICE u64 block_sum(u64 x, u64* scratch) {
-    for (int bits = 16; bits; bits >>= 1) x += __shfl_xor_sync(ALL_LANES, x, bits);
+    x = warp_sum(x);
     __syncthreads();
     if (lane_id() == 0) scratch[warp_id()] = x;
     __syncthreads();
@@ -107,7 +105,20 @@ struct Weigher {
 // Tokens that still take part: as likely as `least_weight`, and ranked no lower than `least_rank`.
 struct Kept {
     u64 least_weight, least_rank;
+
+    DEVICE bool has(u64 weight, u64 rank) const { return weight >= least_weight && rank >= least_rank; }
 };
+
+// What all kept tokens weigh together.
+DEVICE u64 kept_mass(const SampleRow& row, const Weigher& weigh, const Kept& kept, u64* scratch) {
+    u64 sum = 0;
+    for (u32 id = threadIdx.x; id < row.vocab; id += SAMPLE_THREADS) {
+        float logit = row.logit(id);
+        u64 weight = weigh(logit);
+        if (kept.has(weight, rank_of(logit, id))) sum += weight;
+    }
+    return block_sum(sum, scratch);
+}
 
 // The rank down to which, most likely first, what the kept tokens measure together comes to `want`: each 1 if
 // `by_count`, else its weight. 0 if all together do not. Found byte by byte from the top.
@@ -121,7 +132,7 @@ DEVICE u64 rank_where(const SampleRow& row, const Weigher& weigh, const Kept& ke
             float logit = row.logit(id);
             u64 rank = rank_of(logit, id), weight = weigh(logit);
             bool above_matches = shift == 56 || rank >> (shift + 8) == prefix >> (shift + 8);
-            if (!above_matches || weight < kept.least_weight || rank < kept.least_rank) continue;
+            if (!above_matches || !kept.has(weight, rank)) continue;
             atomicAdd(&bins[rank >> shift & 255], by_count ? u64(1) : weight);
         }
         __syncthreads();
@@ -151,7 +162,7 @@ DEVICE u32 token_at(const SampleRow& row, const Weigher& weigh, const Kept& kept
         if (id < row.vocab) {
             float logit = row.logit(id);
             weight = weigh(logit);
-            if (weight < kept.least_weight || rank_of(logit, id) < kept.least_rank) weight = 0;
+            if (!kept.has(weight, rank_of(logit, id))) weight = 0;
         }
         u64 sum = weight;
         for (u32 by = 1; by < 32; by <<= 1) {
@@ -192,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     for (u32 id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) {
         u64 rank = rank_of(row.logit(id), id);
         best = rank > best ? rank : best;
-        if (!mask || row.mask[id / 32] >> (id % 32) & 1) allowed = ~id > u32(allowed) ? ~id : allowed;
+        if (row.allowed(id)) allowed = ~id > u32(allowed) ? ~id : allowed;
     }
     best = block_max(best, scratch);
     allowed = block_max(allowed, scratch);
@@ -207,24 +218,12 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
         u64 least = u64(how.min_p * ONE);
         Kept kept{least ? least : 1, 0};
         if (how.top_k && how.top_k < vocab) kept.least_rank = rank_where(row, weigh, kept, true, how.top_k, bins, found);
-        u64 sum = 0;
-        for (u32 id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) {
-            float logit = row.logit(id);
-            u64 weight = weigh(logit);
-            if (weight >= kept.least_weight && rank_of(logit, id) >= kept.least_rank) sum += weight;
-        }
-        u64 total = block_sum(sum, scratch);
+        u64 total = kept_mass(row, weigh, kept, scratch);
         if (how.top_p < 1.0f) {
             u64 mass = u64(double(how.top_p) * double(total));
             u64 rank = rank_where(row, weigh, kept, false, mass ? mass : 1, bins, found);
             kept.least_rank = rank > kept.least_rank ? rank : kept.least_rank;
-            sum = 0;
-            for (u32 id = threadIdx.x; id < vocab; id += SAMPLE_THREADS) {
-                float logit = row.logit(id);
-                u64 weight = weigh(logit);
-                if (weight >= kept.least_weight && rank_of(logit, id) >= kept.least_rank) sum += weight;
-            }
-            total = block_sum(sum, scratch);
+            total = kept_mass(row, weigh, kept, scratch);
         }
         choice = token_at(row, weigh, kept, high_product(how.uniform, total), scratch, token);
     }

@@ -42,7 +42,7 @@ struct Shape {
     static constexpr u32 STAGES = FIT < 6 ? FIT : 6;
     static_assert(STAGES >= 2, "one tile is loaded while another is multiplied");
     static_assert(tile_k % 64 == 0 && (GROUP == 32 || GROUP == tile_k), "a tile is groups of 32, or one group");
-    static_assert(ROW_BYTES == 64 || ROW_BYTES == 128, "as swizzled() has it");
+    static_assert(ROW_BYTES == 64 || ROW_BYTES == 128, "as Swizzled has it");
 };
 
 // Which rows of which weights a block multiplies: tile row r is output `output(r)` of a weight. Paired, a
@@ -57,18 +57,18 @@ struct WeightRows {
     static constexpr u32 PER_16 = paired ? 8 : 16;
     // Of the two that belong to each weight, the one of row `row`.
     template <class T>
-    static MEMBER T of_half(u32 row, T first, T second) {
+    static DEVICE T of_half(u32 row, T first, T second) {
         return paired && row / 8 % 2 ? second : first;
     }
-    MEMBER u32 output(u32 row) const { return first + (paired ? row / 16 * 8 + row % 8 : row); }
+    DEVICE u32 output(u32 row) const { return first + (paired ? row / 16 * 8 + row % 8 : row); }
 
     template <class Format>
-    MEMBER u32 scale_row_bytes() const {
+    DEVICE u32 scale_row_bytes() const {
         return (k + Format::SCALE_K - 1) / Format::SCALE_K * Format::SCALE_BYTES;
     }
     // The first scale of tile row `row`.
     template <class Format>
-    MEMBER const u8* scale_row(u32 row) const {
+    DEVICE const u8* scale_row(u32 row) const {
         u64 scale_row = u64(output(row) / Format::SCALE_ROWS) * step;
         return of_half(row, scales[0], scales[1]) + scale_row * scale_row_bytes<Format>();
     }
@@ -93,7 +93,7 @@ struct CodeCopies {
     // Passes that have a row; the first value's k; where in the tile.
     u32 passes, k, to;
 
-    MEMBER CodeCopies(const WeightRows<paired>& weights) {
+    DEVICE CodeCopies(const WeightRows<paired>& weights) {
         u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS, output = weights.output(row);
         constexpr u32 OUTPUTS = ROWS_PER_PASS / 16 * WeightRows<paired>::PER_16;
         u64 output_bytes = u64(weights.k) * S::Format::CODE_BITS / 8 * weights.step;
@@ -104,7 +104,7 @@ struct CodeCopies {
         to = Swizzled<S::ROW_BYTES>(row, chunk).at(0);
     }
 
-    MEMBER void start(u8* tile, u32 tile_k, u32 end) const {
+    DEVICE void start(u8* tile, u32 tile_k, u32 end) const {
         u32 at = tile_k + k;
         const u8* source = from + u64(tile_k) * S::Format::CODE_BITS / 8;
 #pragma unroll
@@ -135,7 +135,7 @@ struct ScaleCopies {
     // Bytes of the row from there on; where in the tile; copies of 4 bytes, or 0 for one of SIZE.
     u32 length, to, words;
 
-    MEMBER ScaleCopies(const WeightRows<paired>& weights) {
+    DEVICE ScaleCopies(const WeightRows<paired>& weights) {
         u32 row = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
         from = weights.template scale_row<Format>(row);
         bool there = row < S::ROWS && weights.output(row) < weights.outputs;
@@ -154,7 +154,7 @@ struct ScaleCopies {
         if (row >= S::ROWS || (words && part)) to = NONE;
     }
 
-    MEMBER void start(u8* scales, u32 tile) const {
+    DEVICE void start(u8* scales, u32 tile) const {
         if (S::SCALES == 0 || to == NONE) return;
         u32 at = tile * S::SCALES, left = length > at ? length - at : 0;
         if (words == 0) {
@@ -176,7 +176,7 @@ struct TokenCopies {
     static constexpr u32 CHUNKS = S::TILE_K / 8, TOKENS_PER_PASS = S::THREADS / CHUNKS;
     static constexpr u32 PASSES = (S::TOKENS + TOKENS_PER_PASS - 1) / TOKENS_PER_PASS;
 
-    static MEMBER void start(u8* tile, const TokenRows& tokens, u32 tile_k, u32 end) {
+    static DEVICE void start(u8* tile, const TokenRows& tokens, u32 tile_k, u32 end) {
         u32 chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS, at = tile_k + chunk * 8;
         const u8* from = reinterpret_cast<const u8*>(tokens.planes + at);
         tile += chunk / 8 * S::TOKENS * 128;
@@ -202,8 +202,8 @@ struct Sums {
     typename S::Format::Watch watch[S::ROW_TILES];
 
     // The warp's first row and token in the block.
-    static MEMBER u32 row() { return warp_id() % S::ROW_WARPS * S::ROW_TILES * 16; }
-    static MEMBER u32 token() { return warp_id() / S::ROW_WARPS * S::TOKEN_TILES * 8; }
+    static DEVICE u32 row() { return warp_id() % S::ROW_WARPS * S::ROW_TILES * 16; }
+    static DEVICE u32 token() { return warp_id() / S::ROW_WARPS * S::TOKEN_TILES * 8; }
 };
 
 // Adds a group's sums, scaled, and begins the next: rows g and g + 8 of a lane have a scale each.
@@ -221,7 +221,7 @@ template <class S, bool paired>
 struct ScaleReader {
     u32 at[S::ROW_TILES][2];
 
-    MEMBER ScaleReader(const WeightRows<paired>& weights) {
+    DEVICE ScaleReader(const WeightRows<paired>& weights) {
         using Format = typename S::Format;
         for (u32 m = 0; m < S::ROW_TILES; m++)
             for (u32 i = 0; i < 2; i++) {
@@ -232,7 +232,7 @@ struct ScaleReader {
                 at[m][i] = row * S::SCALE_PITCH + before;
             }
     }
-    MEMBER void read(float (&scale)[2], const u8* scales, u32 m, u32 group) const {
+    DEVICE void read(float (&scale)[2], const u8* scales, u32 m, u32 group) const {
         using Format = typename S::Format;
         for (u32 i = 0; i < 2; i++)
             scale[i] = Format::scale(scales + at[m][i] +
@@ -334,9 +334,9 @@ DEVICE void multiply_all(Sums<S>& sums, u8* shared, const WeightRows<paired>& we
 }
 
 struct ByMma {
-    MEMBER void before_barrier() const {}
+    DEVICE void before_barrier() const {}
     template <class S, bool paired>
-    MEMBER void operator()(Sums<S>& sums, const u8* codes, const u8* tokens, const u8* scales,
+    DEVICE void operator()(Sums<S>& sums, const u8* codes, const u8* tokens, const u8* scales,
                            const ScaleReader<S, paired>& reader) const {
         multiply_tile<S, paired>(sums, codes, tokens, scales, reader);
     }
@@ -346,10 +346,10 @@ struct ByMma {
 // Multiplies by wgmma, 64 tokens at a time: a warp group has 64 rows. One half's sums are added up while the other
 // half is multiplied, and a group's codes become bf16 while the one before is multiplied.
 struct ByWgmma {
-    MEMBER void before_barrier() const { fence_for_wgmma(); }
+    DEVICE void before_barrier() const { fence_for_wgmma(); }
 
     template <class S, bool paired>
-    MEMBER void operator()(Sums<S>& sums, const u8* codes, const u8* tokens, const u8* scales,
+    DEVICE void operator()(Sums<S>& sums, const u8* codes, const u8* tokens, const u8* scales,
                            const ScaleReader<S, paired>& reader) const {
         using Format = typename S::Format;
         constexpr u32 PARTS = S::TILE_K / 32, HALVES = S::TOKEN_TILES / 8, BUFFERS = S::GROUP == 32 ? 2 : PARTS;

@@ -4,14 +4,10 @@
 
 #include "primitives.cuh"
 
-struct __attribute__((aligned(16))) Floats4 {
-    float x, y, z, w;
-};
-
 // Four floats that another multiprocessor may have written in this launch: past the first-level cache.
-DEVICE Floats4 load_others(const Floats4* at) {
+DEVICE Float4 load_others(const Float4* at) {
 #ifdef __CUDACC__
-    Floats4 r;
+    Float4 r;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w)
                  : "l"(at)
