@@ -107,9 +107,8 @@ struct GqaBlock {
 
     DEVICE u32 begin_of(u32 position) const { return first_seen(position, gqa.window); }
 
-    // The run of tokens from `first` on; false if that one is none.
-    DEVICE bool find_run(u32 first) {
-        u32 last = min(first_token() + gqa.tokens_per_block, gqa.tokens);
+    // The run of tokens from `first` on, before `last`; false if that one is none.
+    DEVICE bool find_run(u32 first, u32 last) {
         run.first = first, run.end = first + 1;
         if (gqa.positions[first] < 0) return false;
         u32 position = gqa.positions[first];
@@ -127,6 +126,30 @@ struct GqaBlock {
             run.all_high = min(run.all_high, position + 1);
         }
         return true;
+    }
+
+    // Whether a value that some rows of the run see and others do not is no finite number: the others weigh it with
+    // 0, and 0 times infinity is NaN. (Keys do no harm: a score that is not seen is replaced.) Each warp looks for
+    // itself: mostly at a few rows that the kernel before has just written.
+    DEVICE bool spoils_others() const {
+        constexpr u32 CHUNKS = width / 8;
+        u32 exponents = 0;
+        auto look_at = [&](u32 begin, u32 end) {
+#pragma unroll 4
+            for (u32 i = lane_id(); i < (end - begin) * CHUNKS; i += 32) {
+                u32 column = i % CHUNKS * 8;
+                if (column >= gqa.value) continue;
+                u64 row = cache_row(run.table, begin + i / CHUNKS) * gqa.kv_heads + kv_head();
+                Bytes16 eight = *reinterpret_cast<const Bytes16*>(gqa.values + (row * gqa.value + column) * 2);
+                // An exponent of ones carries into the place of the sign.
+                const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) exponents |= (pairs[j] & 0x7f807f80) + 0x00800080;
+            }
+        };
+        look_at(run.low, run.all_low);
+        look_at(run.all_high, run.high);
+        return __any_sync(ALL_LANES, (exponents & 0x80008000) != 0);
     }
 
     // ---- Tiles.
@@ -354,7 +377,9 @@ struct GqaBlock {
         load_queries(queries);
         u32 last = min(first_token() + gqa.tokens_per_block, gqa.tokens);
         for (u32 first = first_token(); first < last; first = run.end) {
-            if (!find_run(first)) continue;
+            if (!find_run(first, last)) continue;
+            // Then its first token goes alone. 8-bit rows hold nothing infinite, and single tokens are alone.
+            if (groups > 1 && !coded && spoils_others()) find_run(first, first + 1);
             take_run(queries);
             // The next run's first copies land where this one's last tile may still be read.
             __syncthreads();
