@@ -2,7 +2,8 @@
 //!
 //! Three stages: what the device can do at most; whether the kernels compute what they should, on small shapes and on
 //! those of Kimi K2, against plain sums in f64 and bit for bit against themselves; and how fast they are beside the
-//! first. A stage that fails ends the run. What was measured until then has gone to the sink, row by row.
+//! first. What is wrong or fails does not end a stage, for time on a device is rare: the rest of it is measured, and
+//! then the run ends. Every row has gone to the sink when it was made.
 //!
 //! Weights and inputs are made on the device from a seed. Every size is in [`Sizes`], so that all of this also runs,
 //! at tiny sizes, on an emulated device in the tests.
@@ -129,8 +130,13 @@ pub fn measure(
         stage: Stage::Ceilings,
         begun: Instant::now(),
         left_out: 0,
+        wrong: Vec::new(),
+        failed: None,
     };
     gpu.note(&format!("device: {}", describe(device)));
+    if let Ok(parts) = std::env::var(WITHOUT) {
+        gpu.note(&format!("without: {parts}"));
+    }
     for stage in Stage::ALL {
         let needed = options.only.is_none_or(|only| only == stage)
             || (stage == Stage::Ceilings && options.only == Some(Stage::Timings));
@@ -145,6 +151,7 @@ pub fn measure(
             Stage::Correctness => check::measure(&mut gpu, sizes),
             Stage::Timings => timings(&mut gpu, sizes),
         };
+        let result = result.and_then(|()| gpu.verdict());
         let (seconds, left_out) = (gpu.begun.elapsed().as_secs_f64(), gpu.left_out);
         let name = stage.as_str();
         if let Err(error) = result {
@@ -161,10 +168,32 @@ pub fn measure(
 }
 
 fn timings(gpu: &mut Gpu<'_>, sizes: &Sizes) -> Result<(), Error> {
-    moe::measure(gpu, sizes)?;
-    attention::measure(gpu, sizes)?;
-    dense::measure(gpu, sizes)?;
-    decode::measure(gpu, sizes)
+    type Measure = fn(&mut Gpu<'_>, &Sizes) -> Result<(), Error>;
+    let parts: [(&str, Measure); 4] = [
+        ("experts", moe::measure),
+        ("attention", attention::measure),
+        ("dense", dense::measure),
+        ("layer", decode::measure),
+    ];
+    for (name, part) in parts {
+        if !is_left_out(name) {
+            let result = part(gpu, sizes);
+            gpu.go_on(result)?;
+        }
+    }
+    Ok(())
+}
+
+/// Parts that are left out: `experts`, `attention`, `dense`, `layer`, and of experts `wgmma`. After some errors a
+/// process cannot use its device any more; what comes after the part that did it can then be had from another process.
+const WITHOUT: &str = "MOEBIUS_BENCH_GPU_WITHOUT";
+
+fn is_left_out(part: &str) -> bool {
+    std::env::var(WITHOUT).is_ok_and(|parts| names(&parts, part))
+}
+
+fn names(parts: &str, part: &str) -> bool {
+    parts.split([',', ' ']).any(|name| name == part)
 }
 
 /// What every stage needs.
@@ -178,6 +207,10 @@ struct Gpu<'a> {
     stage: Stage,
     begun: Instant,
     left_out: usize,
+    /// What checks found in this stage, in the order found.
+    wrong: Vec<String>,
+    /// The first part of this stage that failed.
+    failed: Option<Error>,
 }
 
 impl Gpu<'_> {
@@ -194,6 +227,34 @@ impl Gpu<'_> {
 
     fn row(&mut self, row: Row) -> Result<(), Error> {
         Ok(self.sink.row(row)?)
+    }
+
+    /// Says that a part of a stage failed and keeps the error for the end of the stage: the next part may succeed. (If
+    /// the device is lost it fails at once.) Rows that cannot be written end everything.
+    fn go_on(&mut self, result: Result<(), Error>) -> Result<(), Error> {
+        match result {
+            Err(error @ Error::Io(_)) => Err(error),
+            Err(error) => {
+                self.note(&format!("{}: a part FAILED: {error}", self.stage.as_str()));
+                self.failed.get_or_insert(error);
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// What came of the stage, after all of it.
+    fn verdict(&mut self) -> Result<(), Error> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        match std::mem::take(&mut self.wrong).as_slice() {
+            [] => Ok(()),
+            [one] => Err(Error::Wrong(one.clone())),
+            [first, others @ ..] => {
+                Err(Error::Wrong(format!("{first}; wrong results besides: {}", others.len())))
+            }
+        }
     }
 
     /// Runs `work` some times and says how long each took on the device.
@@ -218,7 +279,7 @@ impl Gpu<'_> {
         Ok(Times::of(&seconds))
     }
 
-    /// A row of a check. What is larger than its tolerance is an error.
+    /// A row of a check. What is larger than its tolerance is told now and an error at the end of the stage.
     fn checked(&mut self, name: &str, times: Times, findings: &[Finding]) -> Result<(), Error> {
         let mut row = Row::new(name, times, (0, 0), None, &self.setting);
         for finding in findings {
@@ -228,12 +289,12 @@ impl Gpu<'_> {
             }
         }
         self.row(row)?;
-        match findings.iter().find(|finding| finding.is_wrong()) {
-            None => Ok(()),
-            Some(Finding { what, value, most }) => {
-                Err(Error::Wrong(format!("{name}: {what} {value:e}, at most {most:e} would be right")))
-            }
+        if let Some(Finding { what, value, most }) = findings.iter().find(|finding| finding.is_wrong()) {
+            let wrong = format!("{name}: {what} {value:e}, at most {most:e} would be right");
+            self.note(&format!("WRONG: {wrong}"));
+            self.wrong.push(wrong);
         }
+        Ok(())
     }
 }
 
@@ -270,4 +331,15 @@ impl Finding {
 /// An error of the device while `what` was done.
 fn doing(what: impl Into<String>, error: DeviceError) -> Error {
     Error::Device(what.into(), error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::names;
+
+    #[test]
+    fn parts_are_named_in_a_list() {
+        assert!(names("dense,wgmma", "dense") && names("dense wgmma", "wgmma"));
+        assert!(!names("", "dense") && !names("densely", "dense"));
+    }
 }

@@ -82,10 +82,11 @@ fn all_stages_pass_and_rows_are_whole() {
     assert_eq!(unique.len(), names.len(), "names that are not one row's");
 }
 
-/// What is wrong on purpose ends the run: here the page before the right one.
+/// What is wrong on purpose ends the run after its stage: here the page before the right one, in both kinds of cache.
 #[test]
-fn a_wrong_kernel_ends_the_run() {
-    mock::assert_ends("FAULT_PAGE", "all_stages_pass_and_rows_are_whole", "would be right");
+fn a_wrong_kernel_ends_the_run_after_the_stage() {
+    let test = "all_stages_pass_and_rows_are_whole";
+    mock::assert_ends("FAULT_PAGE", test, "would be right; wrong results besides: ");
 }
 
 #[test]
@@ -108,5 +109,7 @@ fn an_error_says_what_was_being_done() {
     assert!(matches!(error, Error::Device(..)), "{error}");
     assert!(error.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY"), "{error}");
     assert!(!sink.rows.is_empty(), "what was measured before is kept");
-    assert!(sink.notes.iter().any(|note| note.contains("FAILED")));
+    assert!(sink.notes.iter().any(|note| note.contains("a part FAILED")));
+    assert!(sink.rows.iter().any(|row| row.name.contains("/mla/")), "the next part is measured");
+    assert!(!sink.rows.iter().any(|row| row.name.starts_with("gpu/moe/")), "the next stage is not");
 }

@@ -43,7 +43,7 @@ fn one(
     let (shape, mla) = (timed.latent, timed.latent.sharp());
     let failed = |error| doing(format!("prepare {name}"), error);
     let work = work(&shape, kind, sequences, context);
-    let turns = (timed.turn_bytes / work.bytes as usize).clamp(1, 8 * timed.turns);
+    let turns = timed.turn_bytes.div_ceil(work.bytes as usize).clamp(1, 8 * timed.turns);
     let lengths = vec![context; turns * sequences];
     let cache = Cache::new(device, &shape, kind, &lengths, 11).map_err(failed)?;
     let queries = device.alloc::<f32>(sequences * shape.heads * shape.width()).map_err(failed)?;

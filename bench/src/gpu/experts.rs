@@ -8,6 +8,7 @@ use kernels::cuda::{
 };
 use kernels::experts::Activation;
 
+use super::is_left_out;
 use super::sizes::{GROUP, MoeShape};
 
 /// Which kernels compute experts.
@@ -18,14 +19,15 @@ pub(super) struct How {
 }
 
 impl How {
-    /// All that the device can.
+    /// All that the device can and that are not left out.
     pub fn all(device: &Device) -> Vec<Self> {
         let all = [
             Self { tiles: Tiles::Few, multiply: Multiply::Mma },
             Self { tiles: Tiles::Wide, multiply: Multiply::Mma },
             Self { tiles: Tiles::Wide, multiply: Multiply::Wgmma },
         ];
-        all.into_iter().filter(|how| how.multiply.is_possible(device)).collect()
+        let wanted = |how: &Self| how.multiply != Multiply::Wgmma || !is_left_out("wgmma");
+        all.into_iter().filter(|how| how.multiply.is_possible(device) && wanted(how)).collect()
     }
 
     pub fn name(self) -> &'static str {

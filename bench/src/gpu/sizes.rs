@@ -108,7 +108,7 @@ pub(super) struct Checked {
     pub dense_tokens: Vec<usize>,
 }
 
-/// The same of what is timed.
+/// The same of what is timed; in every list what is wanted most comes first, for time may run out.
 #[derive(Clone, Debug)]
 pub(super) struct Timed {
     pub moe: MoeShape,
@@ -153,7 +153,7 @@ impl Sizes {
         let k2 = Checked {
             name: "k2",
             moe: K2_MOE,
-            expert_tokens: few(&[1, 4, 16, 64, 512, 2048], &[1, 64]),
+            expert_tokens: few(&[1, 4, 16, 64, 512, 2048, 8192], &[1, 64]),
             latent: K2_LATENT,
             contexts: few(&[4096, 131_072], &[4096]),
             vocab: K2_VOCAB,
@@ -162,15 +162,15 @@ impl Sizes {
         let timed = Timed {
             moe: K2_MOE,
             layers: if quick { 1 } else { 2 },
-            batches: few(&[1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192], &[1, 16, 512]),
+            batches: few(&[1, 16, 64, 512, 2048, 8192, 1024, 2, 4, 8, 32, 128, 256], &[1, 16, 512]),
             latent: K2_LATENT,
-            contexts: few(&[4096, 32_768, 131_072, 262_144], &[131_072]),
+            contexts: few(&[131_072, 262_144, 4096, 32_768], &[131_072]),
             sequences: few(&[1, 4], &[1]),
             vocab: K2_VOCAB,
             dense_tokens: few(&[1, 16, 64, 512], &[1, 64]),
             layer_context: 4096,
             layer_batches: few(&[1, 16], &[1]),
-            turn_bytes: 256 << 20,
+            turn_bytes: 512 << 20,
             turns: 8,
         };
         Self {
