@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use flate2::Compression;
 use flate2::read::GzDecoder;
-use flate2::write::DeflateEncoder;
+use flate2::write::GzEncoder;
 use sha2::{Digest, Sha256};
 
 /// Set to 1 while kernels are being written: stale PTX is a warning then.
@@ -52,13 +52,19 @@ fn main() {
         writeln!(files, "File {{\nname: {name:?},\nmachine_code: {code},\nptx: &[").unwrap();
         for architecture in [GENERAL].into_iter().chain(own_architectures(&source)) {
             let file = format!("{name}.compute_{architecture}.ptx.gz");
-            let text = inflate(&folder.join("ptx").join(&file));
+            let committed = folder.join("ptx").join(&file);
+            let text = decompress(&committed);
             if !manifest.contains(&entry(&file, &hex(Sha256::digest(&text).as_slice()))) {
                 stale.push(file.clone());
             }
-            let text = placeholder(&source, &text, architecture).unwrap_or(text);
-            let embedded = out.join(format!("{file}.deflated"));
-            fs::write(&embedded, deflate(&text)).unwrap();
+            let embedded = match placeholder(&source, &text, architecture) {
+                Some(text) => {
+                    let path = out.join(&file);
+                    fs::write(&path, compress(&text)).unwrap();
+                    path
+                }
+                None => committed,
+            };
             writeln!(files, "({architecture:?}, include_bytes!({embedded:?})),").unwrap();
         }
         files += "] },\n";
@@ -87,7 +93,7 @@ fn placeholder(source: &str, ptx: &str, architecture: &str) -> Option<String> {
 }
 
 /// The text of a compressed file; empty, which no hash is, where there is none.
-fn inflate(path: &Path) -> String {
+fn decompress(path: &Path) -> String {
     let mut text = String::new();
     match fs::File::open(path).and_then(|file| GzDecoder::new(file).read_to_string(&mut text)) {
         Ok(_) => text,
@@ -95,8 +101,8 @@ fn inflate(path: &Path) -> String {
     }
 }
 
-fn deflate(text: &str) -> Vec<u8> {
-    let mut encoder = DeflateEncoder::new(Vec::new(), Compression::best());
+fn compress(text: &str) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
     encoder.write_all(text.as_bytes()).and_then(|()| encoder.finish()).unwrap()
 }
 

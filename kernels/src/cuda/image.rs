@@ -6,7 +6,7 @@ use std::io::Read;
 use std::ptr;
 
 use cudarc::driver::sys;
-use flate2::read::DeflateDecoder;
+use flate2::read::GzDecoder;
 
 use super::context::{Context, lock};
 use super::device::DeviceInfo;
@@ -38,7 +38,7 @@ struct File {
     name: &'static str,
     /// Machine code for all architectures, in builds that carry it.
     machine_code: Option<&'static [u8]>,
-    /// Architecture and deflated text. `"80"` is always there and runs everywhere.
+    /// Architecture and compressed text. `"80"` is always there and runs everywhere.
     ptx: &'static [(&'static str, &'static [u8])],
 }
 
@@ -134,16 +134,16 @@ fn load_file(context: &Context, name: &str) -> Result<sys::CUmodule, DeviceError
             return loaded;
         }
     }
-    let (_, deflated) = choose(file.ptx, context.info.compute_capability)
+    let (_, compressed) = choose(file.ptx, context.info.compute_capability)
         .ok_or_else(|| DeviceError::refused(LOAD, format!("kernels/cuda/{name}.cu was never compiled")))?;
-    let text = inflate(deflated);
+    let text = decompress(compressed);
     load_image(context, text.as_bytes(), Some(&text))
 }
 
-/// An embedded text, ended by a zero byte. (Deflated it is a tenth as long, and so is what it adds to the program.)
-fn inflate(deflated: &[u8]) -> String {
+/// An embedded text, ended by a zero byte. (Compressed it is a tenth as long, and so is what it adds to the program.)
+fn decompress(compressed: &[u8]) -> String {
     let mut text = String::new();
-    DeflateDecoder::new(deflated).read_to_string(&mut text).expect("build.rs has deflated a text");
+    GzDecoder::new(compressed).read_to_string(&mut text).expect("build.rs has read it");
     text + "\0"
 }
 
@@ -255,7 +255,7 @@ mod tests {
         for file in FILES {
             assert!(chosen(file.ptx, (8, 0)).is_some(), "{}: no PTX for compute capability 8.0", file.name);
             for (architecture, text) in file.ptx {
-                let text = inflate(text);
+                let text = decompress(text);
                 assert!(text.contains(".version ") && text.ends_with('\0'), "{} {architecture}", file.name);
             }
         }
