@@ -235,7 +235,7 @@ pub(crate) fn product_serial(
     bias: Option<&[f32]>,
     mut out: RowsMut<'_>,
 ) {
-    if let Values::Bf16(_) = w.values {
+    if let Values::Bf16(_) | Values::Fp8 { .. } = w.values {
         let packed = x.packed.and_then(|packed| packed.columns());
         return isa.run_dots(RowProduct { x: x.rows, packed, w, bias, out });
     }

@@ -10,7 +10,8 @@
 //!
 //! The order holds for portable, AVX2 and AVX-512 code alike, for one row or many, for any number of
 //! threads, so all of them give the same bits. (Which NaN a NaN is stays open.) A weight is first
-//! dequantised to f32: its code, exact in f32, times its scale, rounded once.
+//! dequantised to f32: its code, exact in f32, times its scale, rounded once. (Weights of bf16 and FP8
+//! have another order, `matmul::rowwise`, and so do products in whole numbers, [`crate::quantised`].)
 //!
 //! Where a matrix is stored `[in, out]` (`matmul_transposed`) and where attention sums values over
 //! positions, every output is one lane: a chain of fused multiply-adds, ascending.
@@ -194,4 +195,10 @@ pub(crate) trait Lanes: Copy {
         let values = x.map(|code| f32::from(code) - 128.0);
         self.load(&values)
     }
+}
+
+/// 32 e4m3 codes as f32.
+#[inline(always)]
+fn widen_e4m3<L: Lanes>(l: L, codes: &[u8; 32], out: &mut [f32; LANES]) {
+    l.store(l.e4m3(codes), out);
 }

@@ -117,13 +117,17 @@ fn any_number_of_rows_gives_the_bits_of_one() {
     }
 }
 
-/// The order of products with bf16 weights: chains of 32 columns, of each pair the second first.
-fn by_groups(w: &[f32], x: &[f32]) -> f32 {
+/// The order of products with weights of bf16 or FP8 codes: chains of 32 columns, of each pair the second first; then the
+/// scale of the block, where there is one.
+fn by_groups(w: &[f32], x: &[f32], scales: Option<&[f32]>) -> f32 {
     let group = |w: &[f32], x: &[f32]| {
         let order = (0..32).map(|i| i ^ 1).filter(|&i| i < w.len());
         order.fold(0.0f32, |sum, i| w[i].mul_add(x[i], sum))
     };
-    w.chunks(32).zip(x.chunks(32)).fold(0.0, |sum, (w, x)| sum + group(w, x))
+    w.chunks(32).zip(x.chunks(32)).enumerate().fold(0.0, |sum, (g, (w, x))| match scales {
+        Some(scales) => group(w, x).mul_add(scales[g / 4], sum),
+        None => sum + group(w, x),
+    })
 }
 
 /// The canonical order, as `simd` and `matmul` state it.
@@ -150,10 +154,16 @@ fn sums_are_taken_in_the_written_order() {
                     for half in [16, 8, 4, 2, 1] {
                         (0..half).for_each(|j| lanes[j] += lanes[j + half]);
                     }
-                    let want = if format == Format::Bf16 {
-                        by_groups(&values[r * cols..][..cols], &x[t * cols..][..cols])
-                    } else {
-                        lanes[0]
+                    let (here, x) = (r * cols..(r + 1) * cols, &x[t * cols..][..cols]);
+                    let want = match w.values {
+                        Values::Bf16(_) => by_groups(&values[here], x, None),
+                        Values::Fp8 { values, scales } => {
+                            let codes: Vec<f32> = values[here].iter().map(|&c| reference::e4m3(c)).collect();
+                            let scales: Vec<f32> =
+                                scales.as_chunks().0.iter().map(|&s| f32::from_le_bytes(s)).collect();
+                            by_groups(&codes, x, Some(&scales))
+                        }
+                        _ => lanes[0],
                     };
                     assert_eq!(out[t * 9 + r].to_bits(), want.to_bits(), "{format:?} {cols}");
                 }

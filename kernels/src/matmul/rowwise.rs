@@ -1,15 +1,19 @@
-//! Products with bf16 weights.
+//! Products with weights of floats of few bits: bf16 and FP8.
 //!
 //! For up to sixteen rows of x sixteen weight rows are transposed in registers, as for integer products
 //! ([`crate::quantised`]), so that a lane is a weight row; for more a lane is a row of x. Nothing is summed across
 //! lanes. Sums are in the same order for any number of rows of x, threads and on every instruction set: a group of 32
 //! columns is one chain of fused multiply-adds from zero, in the order 1, 0, 3, 2, ..., and is then added to the groups
-//! before it. (Pairs with the second value first are what `vdpbf16ps` does.)
+//! before it: of FP8 by one more multiply-add with the scale of its block, so that codes stay exact. (Pairs with the second
+//! value first are what `vdpbf16ps` does.)
 
+mod codes;
 mod some;
 
 use std::hint::black_box;
+use std::marker::PhantomData;
 
+use self::codes::{Bf16, Code, CodeRows, E4m3};
 use self::some::{SOME, SomeRows};
 use super::tile::Input;
 use crate::format::{GROUP, Matrix, Values};
@@ -24,14 +28,14 @@ pub(crate) const FEW: usize = 4;
 const VECTORS: usize = PANEL / ROWS;
 /// Groups taken at a time: of 64 rows of x they are 32 KiB, which stay in the first cache.
 const CHUNK: usize = 4;
-/// Groups that a weight row read from end to end is asked for ahead.
+/// Lines that a weight row read from end to end is asked for ahead.
 const AHEAD: usize = 6;
 /// Weight rows multiplied together at most, and for which columns of x are transposed once; their sums, 48 KiB, are
 /// read and written once per chunk.
 const TILE: usize = 12;
 const AT_ONCE: usize = 16 * TILE;
 
-/// `out[t, r] = dot(x[t], w[r]) (+ bias[r])` with w in bf16, all of it on this thread.
+/// `out[t, r] = dot(x[t], w[r]) (+ bias[r])` with w in bf16 or FP8, all of it on this thread.
 pub(crate) struct RowProduct<'a> {
     pub(crate) x: Input<'a>,
     /// The same rows as [`pack_columns`] leaves them, perhaps.
@@ -46,77 +50,62 @@ impl DotWork for RowProduct<'_> {
 
     #[inline(always)]
     fn run<D: Dots>(self, d: D) {
-        let Values::Bf16(bytes) = self.w.values else { panic!("a weight that is not bf16") };
-        let Matrix { first_row, rows, cols, .. } = self.w;
-        let stride = 2 * cols;
-        assert!(bytes.len() >= (first_row + rows) * stride, "{rows} rows of bf16");
-        let rows =
-            Bf16Rows { bytes: &bytes[first_row * stride..], rows, stride, groups: cols.div_ceil(GROUP) };
-        if self.x.count() <= FEW {
-            d.call(FewRows { product: self, rows });
-        } else {
-            d.call(ManyRows { product: self, rows });
+        match self.w.values {
+            Values::Fp8 { .. } => self.of::<D, E4m3>(d),
+            _ => self.of::<D, Bf16>(d),
         }
     }
 }
 
-/// The weight, from its first row on.
-#[derive(Clone, Copy)]
-struct Bf16Rows<'a> {
-    bytes: &'a [u8],
-    rows: usize,
-    /// Bytes of a row.
-    stride: usize,
-    groups: usize,
-}
-
-impl Bf16Rows<'_> {
-    /// The columns of one group of sixteen rows, pairs side by side; zeros for what is not there.
+impl RowProduct<'_> {
     #[inline(always)]
-    fn line<D: Dots>(&self, d: D, row: usize, group: usize) -> [D::I; 16] {
-        let bytes = &self.bytes[row * self.stride..];
-        block::lines::<D, true>(d, bytes, ROWS.min(self.rows - row), self.stride, group * LINE)
-    }
-
-    /// Asks for one group of the first sixteen rows.
-    #[inline(always)]
-    fn ask<D: Dots>(&self, d: D, group: usize) {
-        if group < self.groups {
-            for r in 0..ROWS {
-                d.prefetch(self.bytes, r * self.stride + group * LINE);
-            }
+    fn of<D: Dots, C: Code>(self, d: D) {
+        let rows = CodeRows::new(&self.w);
+        if self.x.count() <= FEW {
+            d.call(FewRows::<C> { product: self, rows, code: PhantomData });
+        } else {
+            d.call(ManyRows::<C> { product: self, rows, code: PhantomData });
         }
     }
 }
 
 /// Up to [`FEW`] rows of x: weights are read row block by row block, which the memory likes best.
-struct FewRows<'a> {
+struct FewRows<'a, C> {
     product: RowProduct<'a>,
-    rows: Bf16Rows<'a>,
+    rows: CodeRows<'a>,
+    code: PhantomData<C>,
 }
 
-impl<D: Dots> InnerWork<D> for FewRows<'_> {
+impl<D: Dots, C: Code> InnerWork<D> for FewRows<'_, C> {
     #[inline(always)]
     fn run(self, d: D) {
-        let Self { mut product, rows } = self;
+        let Self { mut product, rows, .. } = self;
         let x = product.x;
         for row in (0..rows.rows).step_by(ROWS) {
             let mut sums = [d.zero(); FEW];
             // The sixteen rows after these follow them: they are read in order while these are worked on.
             let ahead = (row + ROWS) * rows.stride;
-            for group in 0..rows.groups {
-                let dwords = rows.line(d, row, group);
+            for first in (0..rows.groups).step_by(C::GROUPS) {
+                let at = first / C::GROUPS * LINE;
+                let dwords = rows.line::<D, C>(d, row, first);
                 if row == 0 {
                     // Nothing asked for the first rows.
-                    rows.ask(d, group + AHEAD);
+                    rows.ask(d, at + AHEAD * LINE);
                 }
-                let line = Line { dwords, ahead: rows.bytes, at: ahead + group * LINE, step: rows.stride };
-                let x = |t: usize| &x.row(t)[group * GROUP..];
-                match product.x.count() {
-                    1 => few(d, line, [x(0)], &mut sums),
-                    2 => few(d, line, [x(0), x(1)], &mut sums),
-                    3 => few(d, line, [x(0), x(1), x(2)], &mut sums),
-                    _ => few(d, line, [x(0), x(1), x(2), x(3)], &mut sums),
+                for g in 0..C::GROUPS.min(rows.groups - first) {
+                    let group = first + g;
+                    let part = 16 / C::GROUPS * g;
+                    let scale = rows.scales(d, row, group);
+                    let step = rows.stride;
+                    let ahead = Ahead { bytes: rows.bytes, at: ahead + at + part * step, step };
+                    let line = Group { dwords: &dwords[part..][..16 / C::GROUPS], scale, ahead };
+                    let x = |t: usize| &x.row(t)[group * GROUP..];
+                    match product.x.count() {
+                        1 => few::<D, C, 1>(d, line, [x(0)], &mut sums),
+                        2 => few::<D, C, 2>(d, line, [x(0), x(1)], &mut sums),
+                        3 => few::<D, C, 3>(d, line, [x(0), x(1), x(2)], &mut sums),
+                        _ => few::<D, C, 4>(d, line, [x(0), x(1), x(2), x(3)], &mut sums),
+                    }
                 }
             }
             for (t, sum) in sums.iter().enumerate().take(product.x.count()) {
@@ -128,31 +117,36 @@ impl<D: Dots> InnerWork<D> for FewRows<'_> {
 
 /// Many rows of x, in panels: now a lane is a row of x, which is transposed once per chunk for many weight rows,
 /// while these are only widened. Each output is still the same chain.
-struct ManyRows<'a> {
+struct ManyRows<'a, C> {
     product: RowProduct<'a>,
-    rows: Bf16Rows<'a>,
+    rows: CodeRows<'a>,
+    code: PhantomData<C>,
 }
 
 /// Sixteen rows of x at one column.
 type Lanes = [u32; ROWS];
 /// (Whole cache lines: one that lies across two costs a third of the speed.)
 #[repr(align(64))]
-struct Widened([[f32; CHUNK * GROUP]; TILE]);
+struct Widened {
+    values: [[f32; CHUNK * GROUP]; TILE],
+    /// Of each row; a chunk is a block.
+    scales: [f32; TILE],
+}
 
-impl<D: Dots> InnerWork<D> for ManyRows<'_> {
+impl<D: Dots, C: Code> InnerWork<D> for ManyRows<'_, C> {
     #[inline(always)]
     fn run(self, d: D) {
-        let Self { mut product, rows } = self;
+        let Self { mut product, rows, code } = self;
         // With packed rows of x each weight row is read from end to end, as the memory likes it.
         let at_once = if product.packed.is_some() { 2 * D::TOKENS.max(4) } else { AT_ONCE };
-        let ahead = if product.packed.is_some() { AHEAD } else { CHUNK };
+        let ahead = if product.packed.is_some() { AHEAD } else { CHUNK / C::GROUPS };
         let mut acc = [[d.zero(); VECTORS]; AT_ONCE];
         let mut gathered = [[0; ROWS]; CHUNK * GROUP * VECTORS];
-        let mut weights = Widened([[0.0; CHUNK * GROUP]; TILE]);
+        let mut weights = Widened { values: [[0.0; CHUNK * GROUP]; TILE], scales: [0.0; TILE] };
         for first in (0..product.x.count()).step_by(PANEL) {
             let tokens = PANEL.min(product.x.count() - first);
             if tokens <= SOME {
-                d.call(SomeRows { product: &mut product, rows, first, tokens });
+                d.call(SomeRows::<C> { product: &mut product, rows, first, tokens, code });
                 continue;
             }
             let vectors = tokens.div_ceil(ROWS);
@@ -175,9 +169,17 @@ impl<D: Dots> InnerWork<D> for ManyRows<'_> {
                     let mut row = 0;
                     while row < here {
                         let tile = D::TOKENS.min(here - row);
-                        rows.widen(d, (top + row, tile), (group, count), ahead, &mut weights);
+                        rows.widen::<D, C>(d, (top + row, tile), (group, count), ahead, &mut weights);
                         let acc = &mut acc[row..];
-                        d.call(ByTokens { w: &weights, rows: tile, x, groups: count, vectors, acc });
+                        d.call(ByTokens::<D, C> {
+                            w: &weights,
+                            rows: tile,
+                            x,
+                            groups: count,
+                            vectors,
+                            acc,
+                            code,
+                        });
                         row += tile;
                     }
                 }
@@ -286,10 +288,10 @@ fn columns<D: Dots>(d: D, x: Input<'_>, group: usize, count: usize, out: &mut [L
     }
 }
 
-impl Bf16Rows<'_> {
-    /// Some groups of some rows as f32, zeros after the last column.
+impl CodeRows<'_> {
+    /// Some groups of some rows as f32, zeros after the last column; and their scales.
     #[inline(always)]
-    fn widen<D: Dots>(
+    fn widen<D: Dots, C: Code>(
         &self,
         d: D,
         (row, count): (usize, usize),
@@ -297,23 +299,29 @@ impl Bf16Rows<'_> {
         ahead: usize,
         out: &mut Widened,
     ) {
-        let (at, len) = (group * LINE, groups * LINE);
-        for (r, out) in out.0.iter_mut().enumerate().take(count) {
+        let bytes = GROUP * C::BYTES;
+        let (at, len) = (group * bytes, groups * bytes);
+        for (r, out) in out.scales.iter_mut().enumerate().take(count) {
+            *out = self.scale(row + r, group);
+        }
+        for (r, out) in out.values.iter_mut().enumerate().take(count) {
             let start = (row + r) * self.stride;
             let out = out.as_chunks_mut::<GROUP>().0;
             if at + len <= self.stride {
-                let lines = self.bytes[start + at..][..len].as_chunks::<LINE>().0;
-                for (g, (line, out)) in lines.iter().zip(out).enumerate() {
-                    d.prefetch(self.bytes, start + at + (g + ahead) * LINE);
-                    d.widen_bf16(line, out);
+                let codes = self.bytes[start + at..][..len].chunks_exact(bytes);
+                for (g, (codes, out)) in codes.zip(out).enumerate() {
+                    if g % C::GROUPS == 0 {
+                        d.prefetch(self.bytes, start + at + g * bytes + ahead * LINE);
+                    }
+                    C::widen(d, codes, out);
                 }
             } else {
                 for (g, out) in (group..group + groups).zip(out) {
                     let mut line = [0; LINE];
-                    let rest = &self.bytes[start..][..self.stride][g * LINE..];
-                    let here = rest.len().min(LINE);
+                    let rest = &self.bytes[start..][..self.stride][g * bytes..];
+                    let here = rest.len().min(bytes);
                     line[..here].copy_from_slice(&rest[..here]);
-                    d.widen_bf16(&line, out);
+                    C::widen(d, &line, out);
                 }
             }
         }
@@ -321,31 +329,33 @@ impl Bf16Rows<'_> {
 }
 
 /// Adds the products of some weight rows, at most a tile, with a panel of x.
-struct ByTokens<'a, D: Dots> {
+struct ByTokens<'a, D: Dots, C> {
     w: &'a Widened,
     rows: usize,
     x: Pairs<'a>,
     groups: usize,
     vectors: usize,
     acc: &'a mut [[D::F; VECTORS]],
+    code: PhantomData<C>,
 }
 
-impl<D: Dots> InnerWork<D> for ByTokens<'_, D> {
+impl<D: Dots, C: Code> InnerWork<D> for ByTokens<'_, D, C> {
     #[inline(always)]
     fn run(self, d: D) {
-        let Self { w, rows, x, groups, vectors, acc } = self;
+        let Self { w, rows, x, groups, vectors, acc, code } = self;
         for first in (0..vectors).step_by(2) {
             macro_rules! tile {
                 ($($n:literal)*) => {
                     match rows {
                         $($n => {
-                            let (w, acc) = (w.0.first_chunk().expect("a tile"), block::first(acc));
+                            let (scales, acc) = (w.scales.first_chunk().expect("a tile"), block::first(acc));
+                            let w = w.values.first_chunk().expect("a tile");
                             if vectors - first > 1 {
                                 let x = &x.of(first)[..groups * GROUP];
-                                d.call(TokenTile::<D, $n, 2> { w, x, first, acc });
+                                d.call(TokenTile::<D, C, $n, 2> { w, scales, x, first, acc, code });
                             } else {
                                 let x = &x.of(first)[..groups * GROUP];
-                                d.call(TokenTile::<D, $n, 1> { w, x, first, acc });
+                                d.call(TokenTile::<D, C, $n, 1> { w, scales, x, first, acc, code });
                             }
                         })*
                         _ => unreachable!("more rows than a tile holds"),
@@ -358,17 +368,19 @@ impl<D: Dots> InnerWork<D> for ByTokens<'_, D> {
 }
 
 /// [`ByTokens`] of `R` weight rows and `V` vectors of rows of x, in registers.
-struct TokenTile<'a, D: Dots, const R: usize, const V: usize> {
+struct TokenTile<'a, D: Dots, C, const R: usize, const V: usize> {
     w: &'a [[f32; CHUNK * GROUP]; R],
+    scales: &'a [f32; R],
     x: &'a [[Lanes; V]],
     first: usize,
     acc: &'a mut [[D::F; VECTORS]; R],
+    code: PhantomData<C>,
 }
 
-impl<D: Dots, const R: usize, const V: usize> InnerWork<D> for TokenTile<'_, D, R, V> {
+impl<D: Dots, C: Code, const R: usize, const V: usize> InnerWork<D> for TokenTile<'_, D, C, R, V> {
     #[inline(always)]
     fn run(self, d: D) {
-        let Self { w, x, first, acc } = self;
+        let Self { w, scales, x, first, acc, .. } = self;
         for (x, g) in x.as_chunks::<GROUP>().0.iter().zip(0..CHUNK) {
             // Left to itself the compiler keeps sums and accumulators in registers, more than there are.
             let acc = black_box(&mut *acc);
@@ -387,34 +399,33 @@ impl<D: Dots, const R: usize, const V: usize> InnerWork<D> for TokenTile<'_, D, 
                     }
                 }
             }
-            for (sums, acc) in sums.iter().zip(acc) {
+            for ((sums, acc), scale) in sums.iter().zip(acc).zip(scales) {
                 let acc: &mut [D::F; V] = block::first(&mut acc[first..]);
                 for (sum, acc) in sums.iter().zip(acc) {
-                    *acc = d.add(*acc, *sum);
+                    *acc = C::join(d, *acc, *sum, d.splat_f32(*scale));
                 }
             }
         }
     }
 }
 
-/// One line of a block of rows: 32 columns.
-struct Line<'a, D: Dots> {
-    dwords: [D::I; 16],
-    /// What is needed later: sixteen lines, the first at `at`.
-    ahead: &'a [u8],
+/// One group of a block of rows.
+struct Group<'a, D: Dots> {
+    dwords: &'a [D::I],
+    scale: D::F,
+    ahead: Ahead<'a>,
+}
+
+/// What is needed later: lines `step` bytes apart, the first at `at`.
+struct Ahead<'a> {
+    bytes: &'a [u8],
     at: usize,
     step: usize,
 }
 
-/// The two columns of a dword, the second first.
+/// Adds the products of a group with `T` rows of x. (Of columns that are not there, weights and x are zero.)
 #[inline(always)]
-fn pair<D: Dots>(d: D, dword: D::I) -> [D::F; 2] {
-    [d.as_f32(d.and(dword, d.splat(0xFFFF_0000))), d.as_f32(d.shl::<16>(dword))]
-}
-
-/// Adds the products of a line with `T` rows of x. (Of columns that are not there, weights and x are zero.)
-#[inline(always)]
-fn few<D: Dots, const T: usize>(d: D, line: Line<'_, D>, x: [&[f32]; T], acc: &mut [D::F; FEW]) {
+fn few<D: Dots, C: Code, const T: usize>(d: D, group: Group<'_, D>, x: [&[f32]; T], acc: &mut [D::F; FEW]) {
     let mut rest = [[0.0; GROUP]; T];
     let mut groups = [&[0.0; GROUP]; T];
     for ((group, rest), x) in groups.iter_mut().zip(&mut rest).zip(x) {
@@ -427,15 +438,17 @@ fn few<D: Dots, const T: usize>(d: D, line: Line<'_, D>, x: [&[f32]; T], acc: &m
         };
     }
     let mut sums = [d.zero(); T];
-    for (k, dword) in line.dwords.into_iter().enumerate() {
-        d.prefetch(line.ahead, line.at + k * line.step);
-        let [second, first] = pair(d, dword);
-        for (sum, x) in sums.iter_mut().zip(groups) {
-            *sum = d.fma(second, d.splat_f32(x[2 * k + 1]), *sum);
-            *sum = d.fma(first, d.splat_f32(x[2 * k]), *sum);
+    for (k, dword) in group.dwords.iter().enumerate() {
+        d.prefetch(group.ahead.bytes, group.ahead.at + k * group.ahead.step);
+        let values = C::values(d, *dword);
+        for (j, value) in values.into_iter().enumerate().take(C::COLUMNS) {
+            for (sum, x) in sums.iter_mut().zip(groups) {
+                // The second of a pair first.
+                *sum = d.fma(value, d.splat_f32(x[C::COLUMNS * k + (j ^ 1)]), *sum);
+            }
         }
     }
     for (sum, acc) in sums.into_iter().zip(acc) {
-        *acc = d.add(*acc, sum);
+        *acc = C::join(d, *acc, sum, group.scale);
     }
 }

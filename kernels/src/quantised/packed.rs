@@ -147,7 +147,7 @@ impl Activations {
 
     /// Packs the rows of one product with `w`, if that has a use.
     pub(crate) fn pack_rows(&mut self, isa: Isa, x: Input<'_>, w: &Matrix<'_>) -> Option<PackedRows<'_>> {
-        if !matches!(w.values, Values::Bf16(_)) {
+        if !matches!(w.values, Values::Bf16(_) | Values::Fp8 { .. }) {
             return self.pack(isa, x, w, Bands::Every(PANEL));
         }
         if x.count() <= FEW {

@@ -5,6 +5,7 @@
 //! each. So every instruction set gives the same bits with whatever instructions it has.
 
 pub(crate) mod block;
+mod e4m3;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -43,6 +44,8 @@ pub(crate) trait Dots: Copy {
     fn transpose_f32(self, rows: &[[f32; ROWS]; ROWS]) -> [Self::F; 16];
     /// 32 little-endian bf16 as f32.
     fn widen_bf16(self, x: &[u8; LINE], out: &mut [f32; 32]);
+    /// 32 e4m3 codes as f32.
+    fn widen_e4m3(self, x: &[u8; 32], out: &mut [f32; 32]);
     /// Asks for the cache line `at` bytes from the first of `bytes`, which need not exist.
     fn prefetch(self, bytes: &[u8], at: usize);
     /// The same, no nearer than the second cache.
@@ -50,6 +53,7 @@ pub(crate) trait Dots: Copy {
 
     fn splat(self, x: u32) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn xor(self, a: Self::I, b: Self::I) -> Self::I;
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
     /// Every dword shifted left.
     fn shl<const N: u32>(self, a: Self::I) -> Self::I;
@@ -59,6 +63,11 @@ pub(crate) trait Dots: Copy {
     fn shr<const N: u32>(self, a: Self::I) -> Self::I;
     /// Every byte, below 16, looked up.
     fn look_up(self, table: &[u8; 16], a: Self::I) -> Self::I;
+    /// The four e4m3 codes of every dword as bf16: in words the first and third, the second and fourth.
+    #[inline(always)]
+    fn e4m3_as_bf16(self, codes: Self::I) -> (Self::I, Self::I) {
+        e4m3::by_nibbles(self, codes)
+    }
     /// `sum + w.low * x.low + w.high * x.high`, words as i16.
     fn dot_words(self, sum: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// `sum` plus the four products of bytes of w (u8, at most `MAX` if the format says so) and x (i8).

@@ -1,6 +1,9 @@
 //! Up to sixteen rows of x: a lane is a weight row, as for few, but codes are widened once for all of them.
 
-use super::{Bf16Rows, RowProduct, pair};
+use std::marker::PhantomData;
+
+use super::RowProduct;
+use super::codes::{Code, CodeRows};
 use crate::format::GROUP;
 use crate::matmul::Input;
 use crate::rows::{Bands, Cut, RowsMut, for_each_part};
@@ -37,43 +40,53 @@ fn copy(x: Input<'_>, group: usize, out: &mut [Group]) {
 }
 
 /// Rows `first .. first + tokens` of a product.
-pub(super) struct SomeRows<'a, 'b> {
+pub(super) struct SomeRows<'a, 'b, C> {
     pub(super) product: &'b mut RowProduct<'a>,
-    pub(super) rows: Bf16Rows<'a>,
+    pub(super) rows: CodeRows<'a>,
     pub(super) first: usize,
     pub(super) tokens: usize,
+    pub(super) code: PhantomData<C>,
 }
 
-impl<D: Dots> InnerWork<D> for SomeRows<'_, '_> {
+impl<D: Dots, C: Code> InnerWork<D> for SomeRows<'_, '_, C> {
     #[inline(always)]
     fn run(self, d: D) {
-        let Self { product, rows, first, tokens } = self;
+        let Self { product, rows, first, tokens, .. } = self;
         let width = rows.groups * GROUP;
         let packed = product.packed.map(|data| data[first * width..][..tokens * width].as_chunks().0);
         let x = product.x.slice(first, tokens);
         let mut gathered = [[0; GROUP]; SOME];
-        let mut widened = [d.zero(); GROUP];
+        let mut widened = [[d.zero(); GROUP]; 2];
         // As many rows of x at a time as registers hold sums of.
         let tiles = tokens.div_ceil((2 * D::TOKENS).min(SOME));
         for row in (0..rows.rows).step_by(ROWS) {
             let mut acc = [d.zero(); SOME];
             let codes = &rows.bytes[row * rows.stride..];
-            for group in 0..rows.groups {
-                let ahead = Ahead::<1> { codes, stride: rows.stride, at: group * LINE };
-                for (k, dword) in rows.line(d, row, group).into_iter().enumerate() {
+            for line in (0..rows.groups).step_by(C::GROUPS) {
+                let ahead = Ahead::<1> { codes, stride: rows.stride, at: line / C::GROUPS * LINE };
+                let widened = widened.as_flattened_mut();
+                for (k, dword) in rows.line::<D, C>(d, row, line).into_iter().enumerate() {
                     ahead.ask(d, k);
-                    [widened[2 * k], widened[2 * k + 1]] = pair(d, dword);
+                    let values = C::values(d, dword);
+                    widened[C::COLUMNS * k..][..C::COLUMNS].copy_from_slice(&values[..C::COLUMNS]);
                 }
-                let x = match packed {
-                    Some(packed) => &packed[group * tokens..][..tokens],
-                    None => {
-                        copy(x, group, &mut gathered[..tokens]);
-                        &gathered[..tokens]
+                for (g, widened) in widened.as_chunks::<GROUP>().0.iter().enumerate() {
+                    let group = line + g;
+                    if g == C::GROUPS || group == rows.groups {
+                        break;
                     }
-                };
-                for tile in 0..tiles {
-                    let (from, to) = (tile * tokens / tiles, (tile + 1) * tokens / tiles);
-                    multiply(d, &widened, &x[from..to], &mut acc[from..]);
+                    let x = match packed {
+                        Some(packed) => &packed[group * tokens..][..tokens],
+                        None => {
+                            copy(x, group, &mut gathered[..tokens]);
+                            &gathered[..tokens]
+                        }
+                    };
+                    let w = Widened { values: widened, scale: rows.scales(d, row, group) };
+                    for tile in 0..tiles {
+                        let (from, to) = (tile * tokens / tiles, (tile + 1) * tokens / tiles);
+                        multiply::<D, C>(d, w, &x[from..to], &mut acc[from..]);
+                    }
                 }
             }
             for (t, acc) in acc.iter().enumerate().take(tokens) {
@@ -83,12 +96,29 @@ impl<D: Dots> InnerWork<D> for SomeRows<'_, '_> {
     }
 }
 
+/// One group of sixteen weight rows, values in the order of the chain.
+struct Widened<'a, D: Dots> {
+    values: &'a [D::F; GROUP],
+    scale: D::F,
+}
+
+impl<D: Dots> Clone for Widened<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Dots> Copy for Widened<'_, D> {}
+
 #[inline(always)]
-fn multiply<D: Dots>(d: D, w: &[D::F; GROUP], x: &[Group], acc: &mut [D::F]) {
+fn multiply<D: Dots, C: Code>(d: D, w: Widened<'_, D>, x: &[Group], acc: &mut [D::F]) {
     macro_rules! rows {
         ($($n:literal)*) => {
             match x.len() {
-                $($n => d.call(Group16::<D, $n> { w, x: x.first_chunk().expect("counted"), acc: block::first(acc) }),)*
+                $($n => {
+                    let (x, acc) = (x.first_chunk().expect("counted"), block::first(acc));
+                    d.call(Group16::<D, C, $n> { w, x, acc, code: PhantomData });
+                })*
                 _ => unreachable!("more rows than a tile holds"),
             }
         };
@@ -97,17 +127,17 @@ fn multiply<D: Dots>(d: D, w: &[D::F; GROUP], x: &[Group], acc: &mut [D::F]) {
 }
 
 /// One group of sixteen weight rows with `T` rows of x, in registers.
-struct Group16<'a, D: Dots, const T: usize> {
-    /// Values in the order of the chain.
-    w: &'a [D::F; GROUP],
+struct Group16<'a, D: Dots, C, const T: usize> {
+    w: Widened<'a, D>,
     x: &'a [Group; T],
     acc: &'a mut [D::F; T],
+    code: PhantomData<C>,
 }
 
-impl<D: Dots, const T: usize> InnerWork<D> for Group16<'_, D, T> {
+impl<D: Dots, C: Code, const T: usize> InnerWork<D> for Group16<'_, D, C, T> {
     #[inline(always)]
     fn run(self, d: D) {
-        let Self { w, x, acc } = self;
+        let Self { w, x, acc, .. } = self;
         let mut sums = [d.zero(); T];
         // In steps long enough that the end of the loop is foreseen.
         for i in (0..GROUP).step_by(4) {
@@ -115,12 +145,12 @@ impl<D: Dots, const T: usize> InnerWork<D> for Group16<'_, D, T> {
                 for t in 0..T {
                     // The second of a pair first.
                     let x = d.splat_f32(f32::from_bits(x[t][i + (j ^ 1)]));
-                    sums[t] = d.fma(w[i + j], x, sums[t]);
+                    sums[t] = d.fma(w.values[i + j], x, sums[t]);
                 }
             }
         }
         for t in 0..T {
-            acc[t] = d.add(acc[t], sums[t]);
+            acc[t] = C::join(d, acc[t], sums[t], w.scale);
         }
     }
 }

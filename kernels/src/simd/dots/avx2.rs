@@ -120,6 +120,10 @@ impl Dots for Avx2 {
         }
     }
     #[inline(always)]
+    fn widen_e4m3(self, x: &[u8; 32], out: &mut [f32; 32]) {
+        crate::simd::widen_e4m3(self, x, out);
+    }
+    #[inline(always)]
     fn prefetch(self, bytes: &[u8], at: usize) {
         // SAFETY: prefetching reads nothing that a program can see and faults nowhere, so any address will do; a
         // check of the bound would cost more than the prefetch.
@@ -139,6 +143,10 @@ impl Dots for Avx2 {
     #[inline(always)]
     fn and(self, a: I, b: I) -> I {
         both!(_mm256_and_si256, a, b)
+    }
+    #[inline(always)]
+    fn xor(self, a: I, b: I) -> I {
+        both!(_mm256_xor_si256, a, b)
     }
     #[inline(always)]
     fn add_i32(self, a: I, b: I) -> I {

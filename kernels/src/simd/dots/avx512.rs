@@ -111,6 +111,10 @@ macro_rules! shared_operations {
             }
         }
         #[inline(always)]
+        fn widen_e4m3(self, x: &[u8; 32], out: &mut [f32; 32]) {
+            crate::simd::widen_e4m3($base(self), x, out);
+        }
+        #[inline(always)]
         fn prefetch(self, bytes: &[u8], at: usize) {
             // SAFETY: prefetching reads nothing that a program can see and faults nowhere, so any address will do; a
             // check of the bound would cost more than the prefetch.
@@ -130,6 +134,11 @@ macro_rules! shared_operations {
         fn and(self, a: __m512i, b: __m512i) -> __m512i {
             // SAFETY: the token proves AVX-512.
             unsafe { _mm512_and_si512(a, b) }
+        }
+        #[inline(always)]
+        fn xor(self, a: __m512i, b: __m512i) -> __m512i {
+            // SAFETY: the token proves AVX-512.
+            unsafe { _mm512_xor_si512(a, b) }
         }
         #[inline(always)]
         fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {

@@ -60,6 +60,10 @@ impl Dots for Portable {
         }
     }
     #[inline(always)]
+    fn widen_e4m3(self, x: &[u8; 32], out: &mut [f32; 32]) {
+        crate::simd::widen_e4m3(self, x, out);
+    }
+    #[inline(always)]
     fn prefetch(self, _: &[u8], _: usize) {}
     #[inline(always)]
     fn prefetch_second(self, _: &[u8], _: usize) {}
@@ -71,6 +75,10 @@ impl Dots for Portable {
     #[inline(always)]
     fn and(self, a: I, b: I) -> I {
         zip(a, b, |a, b| a & b)
+    }
+    #[inline(always)]
+    fn xor(self, a: I, b: I) -> I {
+        zip(a, b, |a, b| a ^ b)
     }
     #[inline(always)]
     fn add_i32(self, a: I, b: I) -> I {
