@@ -76,6 +76,25 @@ fn read_all(folder: &Path, extensions: &[&str]) -> Vec<(PathBuf, String)> {
     files.into_iter().map(|path| (path.clone(), fs::read_to_string(&path).unwrap())).collect()
 }
 
+/// The texts of what `text` includes of `headers`, and what these include in turn.
+fn included<'a>(text: &'a str, headers: &'a [(PathBuf, String)]) -> Vec<&'a str> {
+    let mut found: Vec<&(PathBuf, String)> = Vec::new();
+    let mut texts = vec![text];
+    while let Some(text) = texts.pop() {
+        let names =
+            text.lines().filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'));
+        for name in names {
+            let header = headers.iter().find(|(path, _)| path.ends_with(name)).expect(name);
+            if !found.contains(&header) {
+                found.push(header);
+                texts.push(&header.1);
+            }
+        }
+    }
+    found.sort();
+    found.into_iter().map(|(_, text)| text.as_str()).collect()
+}
+
 fn hash(what: &impl Hash) -> String {
     let mut hasher = DefaultHasher::new();
     what.hash(&mut hasher);
@@ -113,14 +132,17 @@ impl Compiler {
             _ => return Err(format!("there is no C++ compiler `{command}`")),
         };
         // Contraction would round sums of products in other places than the kernels say.
-        let flags = "-O2 -std=c++17 -fPIC -pthread -fvisibility=hidden -ffp-contract=off";
+        let flags = "-std=c++17 -fPIC -pthread -fvisibility=hidden -ffp-contract=off";
         let mut flags: Vec<String> = flags.split(' ').map(String::from).collect();
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
             flags.extend(["-mavx2".into(), "-mfma".into()]);
         }
         if options.sanitize {
-            flags.extend(["-fsanitize=address".into(), "-g1".into()]);
+            // What it adds takes a compiler twice as long at the next level, and gains little there.
+            flags.extend(["-O1".into(), "-fsanitize=address".into(), "-g1".into()]);
+        } else {
+            flags.push("-O2".into());
         }
         Ok(Self { command, version, flags })
     }
@@ -133,13 +155,12 @@ impl Compiler {
         options: &Options,
         cache: &Path,
     ) -> Object {
+        let headers = included(text, headers);
         // Files that do not know a macro are the same with it.
         let knows = |define: &&String| {
-            text.contains(define.as_str())
-                || headers.iter().any(|(_, header)| header.contains(define.as_str()))
+            text.contains(define.as_str()) || headers.iter().any(|header| header.contains(define.as_str()))
         };
         let defines: Vec<String> = options.defines.iter().filter(knows).cloned().collect();
-        let headers: Vec<&String> = headers.iter().map(|(_, text)| text).collect();
         let wrapped = wrapped(source, text);
         let made_from = hash(&(&self.command, &self.version, &self.flags, &defines, headers, text, wrapped));
         let name = source.file_stem().unwrap().to_str().unwrap();
@@ -175,7 +196,8 @@ impl Compiler {
     /// Runs the command; what it makes appears under its name when it is whole.
     fn run(&self, command: &mut Command, makes: &Path) {
         let unfinished = makes.with_extension("unfinished");
-        let output = command.arg("-o").arg(&unfinished).output().unwrap();
+        // The sanitizer stands before this process's libraries; the compiler would be slow with it.
+        let output = command.env_remove("LD_PRELOAD").arg("-o").arg(&unfinished).output().unwrap();
         let messages = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{FAILED}: {command:?}\n{messages}");
         fs::rename(&unfinished, makes).unwrap();
