@@ -389,7 +389,9 @@ struct ByWgmma {
                 wgmma_wait<1>();
                 add(0, scale[S::GROUP == 32 ? part % BUFFERS : 0]);
             }
+#ifndef FAULT_NO_WGMMA_WAIT
             wgmma_wait<0>();
+#endif
             add(HALVES - 1, scale[S::GROUP == 32 ? part % BUFFERS : 0]);
         }
     }

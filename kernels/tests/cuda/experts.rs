@@ -441,6 +441,11 @@ fn a_wrong_fragment_shows() {
 }
 
 #[test]
+fn a_missing_wait_for_products_shows() {
+    mock::assert_caught("FAULT_NO_WGMMA_WAIT", "experts::int4_is_right_in_every_order");
+}
+
+#[test]
 fn nothing_is_out_of_bounds() {
     mock::rerun_sanitized("experts::every_format");
     mock::rerun_sanitized("experts::what_is");
