@@ -4,6 +4,7 @@
 mod attention;
 mod bench;
 mod capture;
+mod check;
 #[path = "../common/mod.rs"]
 mod common;
 mod dense;
