@@ -164,6 +164,8 @@ struct State {
     uint64_t calls[3] = {0, 0, 0};
     std::string injected_into;
     std::string last_message;
+    // Names of kernels that ran to their end, each with the order that its threads went on in.
+    std::set<std::pair<std::string, emulator::Order>> ran;
 
     Stream null_stream;
     std::set<Stream*> streams;

@@ -93,6 +93,26 @@ API const char* mock_last_message() {
     return state().last_message.c_str();
 }
 
+// The names of all emulated kernels, in lines. Valid until it is called again.
+API const char* mock_kernels() {
+    auto held = hold();
+    static std::string names;
+    names = emulator::kernel_names();
+    return names.c_str();
+}
+
+// Lines of a kernel's name and an order: what has run to its end since this was last asked, which a reset does not
+// change. Valid until it is called again.
+API const char* mock_take_ran() {
+    auto held = hold();
+    static std::string lines;
+    lines.clear();
+    const char* orders[] = {"forward", "reverse", "random"};
+    for (const auto& [name, order] : state().ran) lines += name + " " + orders[int(order)] + "\n";
+    state().ran.clear();
+    return lines.c_str();
+}
+
 API size_t mock_live_allocations() {
     auto held = hold();
     return live_allocations();

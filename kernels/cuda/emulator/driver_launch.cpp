@@ -146,6 +146,7 @@ Result run(const std::string& name, const emulator::KernelEntry& kernel, const S
         complain(name + ": " + damaged);
         return ILLEGAL_ADDRESS;
     }
+    state().ran.emplace(name, state().schedule.order);
     return SUCCESS;
 }
 

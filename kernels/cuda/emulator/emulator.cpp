@@ -179,7 +179,6 @@ void prepare(Block& block, unsigned char* stacks, const Place& first) {
     unsigned count = dim.x * dim.y * dim.z;
     block.threads.resize(count);
     block.meetings.resize((count + 127) / 128);
-    ASAN_UNPOISON_MEMORY_REGION(stacks, STACK_BYTES * count);
     for (unsigned rank = 0; rank < count; rank++) {
         Thread& thread = block.threads[rank];
         thread.state = State::Ready;
@@ -317,6 +316,12 @@ const KernelEntry* find_kernel(const char* name) {
     return at == kernels().end() ? nullptr : &at->second;
 }
 
+std::string kernel_names() {
+    std::string names;
+    for (const auto& kernel : kernels()) names += kernel.first + "\n";
+    return names;
+}
+
 std::string launch(dim3 grid, dim3 dim, size_t dynamic_bytes, const std::function<void()>& body,
                    const Schedule& schedule) {
     std::vector<size_t> blocks(size_t(grid.x) * grid.y * grid.z);
@@ -330,6 +335,8 @@ std::string launch(dim3 grid, dim3 dim, size_t dynamic_bytes, const std::functio
         size_t bytes = STACK_BYTES * dim.x * dim.y * dim.z;
         void* stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         std::string mine = stacks == MAP_FAILED ? "no memory for stacks" : "";
+        // What lay here before may have been poisoned. Threads that end leave nothing so.
+        if (mine.empty()) ASAN_UNPOISON_MEMORY_REGION(stacks, bytes);
         for (size_t i; mine.empty() && (i = next++) < blocks.size();) {
             size_t b = blocks[i];
             dim3 at(b % grid.x, b / grid.x % grid.y, b / (size_t(grid.x) * grid.y));

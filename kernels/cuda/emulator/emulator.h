@@ -52,6 +52,8 @@ struct KernelEntry {
 bool register_kernel(const char* name, KernelEntry entry);
 // Null if there is none of the name.
 const KernelEntry* find_kernel(const char* name);
+// In lines.
+std::string kernel_names();
 
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {

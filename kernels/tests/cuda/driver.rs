@@ -178,14 +178,6 @@ fn a_missing_barrier_is_caught() {
     mock::assert_caught("FAULT_SELFTEST_BARRIER", "driver::barriers_matter");
 }
 
-#[test]
-fn everything_holds_under_the_address_sanitizer() {
-    // Without those whose point is a write that the sanitizer ends the process for.
-    for test in ["driver::kernels", "driver::memory", "driver::barriers", "capture::"] {
-        mock::rerun_sanitized(test);
-    }
-}
-
 /// Only as a child: see below.
 #[test]
 fn a_page_of_nobody() {

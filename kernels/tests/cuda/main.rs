@@ -1,6 +1,7 @@
 //! The CUDA kernels and the layer that launches them, on the mock driver or, with `MOEBIUS_CUDA=device`, on the
 //! machine's own device.
 
+mod address_sanitizer;
 mod attention;
 mod bench;
 mod capture;

@@ -68,7 +68,7 @@ fn the_host_reads_what_was_grouped() {
 
 #[test]
 fn a_ring_that_is_off_records_nothing() {
-    mock::on_device(|device| {
+    mock::in_every_order(|device| {
         let mut random = Random(102);
         let mut ring = ExpertRing::new(device, 4).unwrap();
         group(device, &mut random, 3, &ring, 0);
@@ -84,7 +84,7 @@ fn a_ring_that_is_off_records_nothing() {
 /// More pairs of an expert than an entry can say.
 #[test]
 fn counts_stop_at_their_greatest() {
-    mock::on_device(|device| {
+    mock::in_every_order(|device| {
         let mut ring = ExpertRing::new(device, 1).unwrap();
         let rows = 70_000;
         let ids = device.zeroed::<i32>(rows).unwrap();

@@ -225,8 +225,3 @@ fn cached_rows_have_the_bytes_of_the_host() {
         }
     });
 }
-
-#[test]
-fn everything_holds_under_the_address_sanitizer() {
-    mock::rerun_sanitized("rope::");
-}

@@ -140,58 +140,60 @@ fn choices_follow_the_rules() {
 
 #[test]
 fn special_rows() {
-    let Some(device) = mock::device() else { return };
-    let draw = Sampling { temperature: 1.0, min_p: 0.0, top_p: 1.0, top_k: 0, uniform: u64::MAX };
-    let row = |logits: &[f32], allowed: &[bool], sampling| Row {
-        logits: logits.to_vec(),
-        allowed: allowed.to_vec(),
-        sampling,
-    };
-    let (inf, nan) = (f32::INFINITY, f32::NAN);
-    let rows = [
-        row(&[1.0, 5.0, 5.0, nan], &[true; 4], Sampling::GREEDY),
-        row(&[-inf, nan, -inf, -inf], &[false, false, true, true], draw),
-        row(&[nan; 4], &[false; 4], draw),
-        row(&[0.0, inf, inf, 1.0], &[true; 4], draw),
-        row(&[0.0, inf, 2.0, 1.0], &[true, false, true, true], Sampling::GREEDY),
-        row(&[0.0, 0.0, 0.0, 0.0], &[true; 4], draw),
-        row(&[0.0, 0.0, 0.0, 0.0], &[true; 4], Sampling { uniform: 0, ..draw }),
-        row(&[0.0, 0.0, 0.0, 0.0], &[true; 4], Sampling { top_k: 2, ..draw }),
-        row(&[3.0, 0.0, 0.0, 2.9], &[true; 4], Sampling { temperature: 1e-40, ..draw }),
-    ];
-    let (tokens, log_probabilities) = choose(&device, &rows, true).unwrap();
-    assert_eq!(tokens, [1, 2, 0, 1, 2, 3, 0, 1, 0]);
-    assert_eq!(log_probabilities[1], -inf);
-    assert!((log_probabilities[3] - 0.5f32.ln()).abs() < 1e-6);
-    assert_eq!(log_probabilities[4], -inf);
-    // Without a mask the same rows are free to choose.
-    let (tokens, _) = choose(&device, &rows[4..5], false).unwrap();
-    assert_eq!(tokens, [1]);
+    mock::in_every_order(|device| {
+        let draw = Sampling { temperature: 1.0, min_p: 0.0, top_p: 1.0, top_k: 0, uniform: u64::MAX };
+        let row = |logits: &[f32], allowed: &[bool], sampling| Row {
+            logits: logits.to_vec(),
+            allowed: allowed.to_vec(),
+            sampling,
+        };
+        let (inf, nan) = (f32::INFINITY, f32::NAN);
+        let rows = [
+            row(&[1.0, 5.0, 5.0, nan], &[true; 4], Sampling::GREEDY),
+            row(&[-inf, nan, -inf, -inf], &[false, false, true, true], draw),
+            row(&[nan; 4], &[false; 4], draw),
+            row(&[0.0, inf, inf, 1.0], &[true; 4], draw),
+            row(&[0.0, inf, 2.0, 1.0], &[true, false, true, true], Sampling::GREEDY),
+            row(&[0.0, 0.0, 0.0, 0.0], &[true; 4], draw),
+            row(&[0.0, 0.0, 0.0, 0.0], &[true; 4], Sampling { uniform: 0, ..draw }),
+            row(&[0.0, 0.0, 0.0, 0.0], &[true; 4], Sampling { top_k: 2, ..draw }),
+            row(&[3.0, 0.0, 0.0, 2.9], &[true; 4], Sampling { temperature: 1e-40, ..draw }),
+        ];
+        let (tokens, log_probabilities) = choose(device, &rows, true).unwrap();
+        assert_eq!(tokens, [1, 2, 0, 1, 2, 3, 0, 1, 0]);
+        assert_eq!(log_probabilities[1], -inf);
+        assert!((log_probabilities[3] - 0.5f32.ln()).abs() < 1e-6);
+        assert_eq!(log_probabilities[4], -inf);
+        // Without a mask the same rows are free to choose.
+        let (tokens, _) = choose(device, &rows[4..5], false).unwrap();
+        assert_eq!(tokens, [1]);
+    });
 }
 
 #[test]
 fn adjustments_are_those_of_the_engine() {
-    let Some(device) = mock::device() else { return };
-    let logits = device.upload(&[1.0f32, -2.0, 3.0, 0.5, 1.0, -2.0, 3.0, 0.5]).unwrap();
-    let adjustments = [
-        Adjustment { row: 0, token: 0, bias: 0.0, seen: 1 },
-        Adjustment { row: 0, token: 1, bias: 1.0, seen: 3 },
-        Adjustment { row: 1, token: 2, bias: -100.0, seen: 0 },
-    ];
-    let penalties = [
-        Penalties { repetition: 2.0, frequency: 0.5, presence: 0.25 },
-        Penalties { repetition: 9.0, frequency: 9.0, presence: 9.0 },
-    ];
-    let on_device = device.upload(&adjustments).unwrap();
-    let penalties = device.upload(&penalties).unwrap();
-    let adjust = Adjust {
-        logits: logits.all(),
-        vocab: 4,
-        adjustments: &adjustments,
-        on_device: on_device.all(),
-        penalties: penalties.all(),
-    };
-    adjust.launch(&device).unwrap();
-    let want = [0.5, -2.0 - 0.5 * 2.0 - 0.25, 3.0, 0.5, 1.0, -2.0, -97.0, 0.5];
-    assert_eq!(logits.read().unwrap(), want);
+    mock::in_every_order(|device| {
+        let logits = device.upload(&[1.0f32, -2.0, 3.0, 0.5, 1.0, -2.0, 3.0, 0.5]).unwrap();
+        let adjustments = [
+            Adjustment { row: 0, token: 0, bias: 0.0, seen: 1 },
+            Adjustment { row: 0, token: 1, bias: 1.0, seen: 3 },
+            Adjustment { row: 1, token: 2, bias: -100.0, seen: 0 },
+        ];
+        let penalties = [
+            Penalties { repetition: 2.0, frequency: 0.5, presence: 0.25 },
+            Penalties { repetition: 9.0, frequency: 9.0, presence: 9.0 },
+        ];
+        let on_device = device.upload(&adjustments).unwrap();
+        let penalties = device.upload(&penalties).unwrap();
+        let adjust = Adjust {
+            logits: logits.all(),
+            vocab: 4,
+            adjustments: &adjustments,
+            on_device: on_device.all(),
+            penalties: penalties.all(),
+        };
+        adjust.launch(device).unwrap();
+        let want = [0.5, -2.0 - 0.5 * 2.0 - 0.25, 3.0, 0.5, 1.0, -2.0, -97.0, 0.5];
+        assert_eq!(logits.read().unwrap(), want);
+    });
 }

@@ -72,6 +72,8 @@ struct Functions {
     calls: unsafe extern "C" fn(c_int) -> u64,
     injected_into: unsafe extern "C" fn() -> *const c_char,
     last_message: unsafe extern "C" fn() -> *const c_char,
+    kernels: unsafe extern "C" fn() -> *const c_char,
+    take_ran: unsafe extern "C" fn() -> *const c_char,
     live_allocations: unsafe extern "C" fn() -> usize,
     live_bytes: unsafe extern "C" fn() -> usize,
     live_objects: unsafe extern "C" fn() -> usize,
@@ -108,6 +110,8 @@ impl Functions {
             calls: function!(b"mock_calls"),
             injected_into: function!(b"mock_injected_into"),
             last_message: function!(b"mock_last_message"),
+            kernels: function!(b"mock_kernels"),
+            take_ran: function!(b"mock_take_ran"),
             live_allocations: function!(b"mock_live_allocations"),
             live_bytes: function!(b"mock_live_bytes"),
             live_objects: function!(b"mock_live_objects"),
@@ -204,6 +208,16 @@ impl Control {
     /// The last thing that the mock had to say about a fault of the program.
     pub fn last_message(&self) -> String {
         text(unsafe { (self.0.last_message)() })
+    }
+
+    /// The names of all emulated kernels: those that a kernel file exports.
+    pub fn kernels(&self) -> Vec<String> {
+        text(unsafe { (self.0.kernels)() }).lines().map(String::from).collect()
+    }
+
+    /// Names and orders, as `gather_rows reverse`: what has run to its end since this was last asked.
+    pub fn take_ran(&self) -> Vec<String> {
+        text(unsafe { (self.0.take_ran)() }).lines().map(String::from).collect()
     }
 
     pub fn live_allocations(&self) -> usize {

@@ -21,7 +21,10 @@ use kernels::cuda::Device;
 
 #[allow(unused_imports, reason = "not every test crate uses all")]
 pub use self::{
-    child::{assert_caught, assert_caught_sanitized, assert_ends, is_child, rerun_sanitized},
+    child::{
+        assert_caught, assert_caught_sanitized, assert_ends, is_child, is_sanitized, rerun_all_sanitized,
+        rerun_sanitized, thinned,
+    },
     control::{Control, Gpu, How, Kind, Order},
     faults::{Fault, for_every_call},
 };
@@ -79,6 +82,7 @@ impl Drop for Guarded {
 fn finish(mock: Control) {
     let leaked = mock.leaked();
     mock.reset();
+    child::report(&mock.take_ran());
     if !std::thread::panicking() {
         assert_eq!(leaked, 0, "allocations or objects that were not given back");
     }
@@ -154,6 +158,29 @@ pub fn in_every_order_like(gpu: Gpu, mut body: impl FnMut(&Device)) {
         println!("threads scheduled: {order:?}");
         body(&session);
     }
+}
+
+/// Which things an order of threads takes, where each takes some.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn(Option<usize>);
+
+#[allow(dead_code, reason = "not every test crate uses it")]
+impl Turn {
+    /// Whether the thing of this number is for this order: three that follow each other are for three orders, and the
+    /// machine's own device, which has one, takes all.
+    pub fn has(self, number: usize) -> bool {
+        self.0.is_none_or(|turn| number % 3 == turn)
+    }
+}
+
+/// Runs `body` as [`in_every_order`] does, in turns: what is long in all can be shared between the orders.
+#[allow(dead_code, reason = "not every test crate uses it")]
+pub fn by_turns(mut body: impl FnMut(&Device, Turn)) {
+    let mut turn = 0;
+    in_every_order(|device| {
+        body(device, Turn((!on_real_device()).then_some(turn)));
+        turn += 1;
+    });
 }
 
 #[allow(dead_code, reason = "not every test crate uses it")]

@@ -154,6 +154,13 @@ pub enum Shape {
 }
 
 impl Shape {
+    pub fn window(self) -> Option<usize> {
+        match self {
+            Self::Latent { .. } => None,
+            Self::Grouped { window, .. } => window,
+        }
+    }
+
     /// Values of a row of queries, and of the output.
     pub fn widths(self) -> (usize, usize) {
         match self {
@@ -331,4 +338,16 @@ pub const FORMS: [Form; 4] = [
 /// Of latents the last two are the first two again.
 pub fn forms(shape: Shape) -> &'static [Form] {
     if matches!(shape, Shape::Latent { .. }) { &FORMS[..2] } else { &FORMS }
+}
+
+impl Case {
+    /// Puts a bf16 code into the first head's key and value at a position.
+    pub fn spoil(&mut self, sequence: usize, position: usize, code: u16) {
+        for cache in [Some(&mut self.keys), self.values.as_mut()].into_iter().flatten() {
+            assert!(cache.kind == CacheType::Bf16);
+            let slot = cache.tables[sequence][position / PAGE] as usize * PAGE + position % PAGE;
+            let at = 2 * (slot * cache.shape.values() + 5);
+            cache.bytes[at..at + 2].copy_from_slice(&code.to_le_bytes());
+        }
+    }
 }

@@ -81,8 +81,8 @@ fn heads_take_their_rows_both_ways() {
         for format in FORMATS {
             for transposed in [false, true] {
                 // Heads that blocks of scales do not end with; as in the published models; tiny.
-                for (heads, rows, row_stride, cols) in [(3, 72, 136, 72), (2, 128, 256, 64), (3, 16, 32, 24)]
-                {
+                let shapes = [(3, 72, 136, 72), (2, 128, 256, 64), (3, 16, 32, 24)];
+                for (heads, rows, row_stride, cols) in mock::thinned(shapes, 3) {
                     let first_row = row_stride - rows;
                     let weight = Weight::random(&mut random, format, heads * row_stride, cols);
                     let case = HeadCase { weight, first_row, row_stride, rows, heads, transposed };
@@ -169,9 +169,8 @@ fn gate_and_up_share_blocks_and_are_activated() {
         let mut random = Random(5);
         let clamped = Activation::ClampedSwiGlu { limit: 1.5, alpha: 1.702 };
         for format in FORMATS {
-            for (planes, activation) in
-                [(1, Activation::SiluGlu), (3, clamped), (3, Activation::SiluGlu), (1, clamped)]
-            {
+            let cases = [(1, Activation::SiluGlu), (3, clamped), (3, Activation::SiluGlu), (1, clamped)];
+            for (planes, activation) in mock::thinned(cases, 2) {
                 let (rows, cols) = (45, 392);
                 let bias = (planes == 1).then(|| random.values(2 * rows));
                 let gate = Weight::random(&mut random, format, rows, cols);
