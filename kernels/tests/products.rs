@@ -395,3 +395,11 @@ proptest! {
         prop_assert_eq!(bits(&alone), bits(&out[picked * rows..][..rows]));
     }
 }
+
+#[test]
+#[should_panic(expected = "scales of 2 blocks")]
+fn missing_scales_are_refused() {
+    let values = Values::Fp8 { values: &[0x38; 129 * 4], scales: &[0; 4] };
+    let mut out = [0.0; 129];
+    matmul(Isa::detect(), &[1.0; 4], &Matrix::new(values, 129, 4), None, &mut out);
+}

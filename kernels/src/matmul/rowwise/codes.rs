@@ -94,6 +94,10 @@ impl<'a> CodeRows<'a> {
             _ => panic!("a weight that has no rows of floats of few bits"),
         };
         assert!(bytes.len() >= (first_row + rows) * stride, "{rows} rows of {stride} bytes");
+        if let Values::Fp8 { .. } = w.values {
+            let blocks = (first_row + rows).div_ceil(FP8_BLOCK) * cols.div_ceil(FP8_BLOCK);
+            assert!(scales.len() >= 4 * blocks, "scales of {blocks} blocks");
+        }
         let bytes = &bytes[first_row * stride..];
         let groups = cols.div_ceil(GROUP);
         Self { bytes, rows, stride, groups, scales: scales.as_chunks().0, first_row }
