@@ -5,7 +5,7 @@
 //! each. So every instruction set gives the same bits with whatever instructions it has.
 
 pub(crate) mod block;
-mod e4m3;
+pub(crate) mod e4m3;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -63,11 +63,6 @@ pub(crate) trait Dots: Copy {
     fn shr<const N: u32>(self, a: Self::I) -> Self::I;
     /// Every byte, below 16, looked up.
     fn look_up(self, table: &[u8; 16], a: Self::I) -> Self::I;
-    /// The four e4m3 codes of every dword as bf16: in words the first and third, the second and fourth.
-    #[inline(always)]
-    fn e4m3_as_bf16(self, codes: Self::I) -> (Self::I, Self::I) {
-        e4m3::by_nibbles(self, codes)
-    }
     /// `sum + w.low * x.low + w.high * x.high`, words as i16.
     fn dot_words(self, sum: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// `sum` plus the four products of bytes of w (u8, at most `MAX` if the format says so) and x (i8).

@@ -1,8 +1,7 @@
 //! Floats of 16 and 8 bits as products by rows take them.
 
 use crate::format::{FP8_BLOCK, GROUP, Matrix, Values};
-use crate::simd::dots::block;
-use crate::simd::dots::{Dots, LINE, ROWS};
+use crate::simd::dots::{Dots, LINE, ROWS, block, e4m3};
 
 /// A stored form whose codes are floats.
 pub(super) trait Code: Copy {
@@ -51,7 +50,7 @@ impl Code for E4m3 {
 
     #[inline(always)]
     fn values<D: Dots>(d: D, dword: D::I) -> [D::F; 4] {
-        let (even, odd) = d.e4m3_as_bf16(dword);
+        let (even, odd) = e4m3::as_bf16(d, dword);
         let ([third, first], [fourth, second]) = (halves(d, even), halves(d, odd));
         [second, first, fourth, third]
     }

@@ -70,11 +70,8 @@ impl<D: Dots, C: Code> InnerWork<D> for SomeRows<'_, '_, C> {
                     let values = C::values(d, dword);
                     widened[C::COLUMNS * k..][..C::COLUMNS].copy_from_slice(&values[..C::COLUMNS]);
                 }
-                for (g, widened) in widened.as_chunks::<GROUP>().0.iter().enumerate() {
-                    let group = line + g;
-                    if g == C::GROUPS || group == rows.groups {
-                        break;
-                    }
+                let groups = line..rows.groups.min(line + C::GROUPS);
+                for (group, widened) in groups.zip(widened.as_chunks::<GROUP>().0) {
                     let x = match packed {
                         Some(packed) => &packed[group * tokens..][..tokens],
                         None => {
@@ -85,7 +82,7 @@ impl<D: Dots, C: Code> InnerWork<D> for SomeRows<'_, '_, C> {
                     let w = Widened { values: widened, scale: rows.scales(d, row, group) };
                     for tile in 0..tiles {
                         let (from, to) = (tile * tokens / tiles, (tile + 1) * tokens / tiles);
-                        multiply::<D, C>(d, w, &x[from..to], &mut acc[from..]);
+                        multiply::<D, C>(d, &w, &x[from..to], &mut acc[from..]);
                     }
                 }
             }
@@ -102,16 +99,8 @@ struct Widened<'a, D: Dots> {
     scale: D::F,
 }
 
-impl<D: Dots> Clone for Widened<'_, D> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<D: Dots> Copy for Widened<'_, D> {}
-
 #[inline(always)]
-fn multiply<D: Dots, C: Code>(d: D, w: Widened<'_, D>, x: &[Group], acc: &mut [D::F]) {
+fn multiply<D: Dots, C: Code>(d: D, w: &Widened<'_, D>, x: &[Group], acc: &mut [D::F]) {
     macro_rules! rows {
         ($($n:literal)*) => {
             match x.len() {
@@ -128,7 +117,7 @@ fn multiply<D: Dots, C: Code>(d: D, w: Widened<'_, D>, x: &[Group], acc: &mut [D
 
 /// One group of sixteen weight rows with `T` rows of x, in registers.
 struct Group16<'a, D: Dots, C, const T: usize> {
-    w: Widened<'a, D>,
+    w: &'a Widened<'a, D>,
     x: &'a [Group; T],
     acc: &'a mut [D::F; T],
     code: PhantomData<C>,

@@ -53,9 +53,9 @@ const NIBBLES: Nibbles = {
     out
 };
 
-/// [`Dots::e4m3_as_bf16`] with tables of sixteen bytes.
+/// The four codes of every dword: the first and third as the words of a dword, and the second and fourth.
 #[inline(always)]
-pub(super) fn by_nibbles<D: Dots>(d: D, codes: D::I) -> (D::I, D::I) {
+pub(crate) fn as_bf16<D: Dots>(d: D, codes: D::I) -> (D::I, D::I) {
     let mask = d.splat(0x0F0F_0F0F);
     let (low, high) = (d.and(codes, mask), d.and(d.shr_words::<4>(codes), mask));
     let smallest = d.look_up(&NIBBLES.smallest, high);
