@@ -403,3 +403,22 @@ fn missing_scales_are_refused() {
     let mut out = [0.0; 129];
     matmul(Isa::detect(), &[1.0; 4], &Matrix::new(values, 129, 4), None, &mut out);
 }
+
+/// Few rows of x look codes up, many widen them; each code is what it is by definition.
+#[test]
+fn every_fp8_code_is_multiplied_exactly() {
+    let values: Vec<u8> = (0..=255).collect();
+    let scales: Vec<u8> = [1.0f32, -0.037].iter().flat_map(|scale| scale.to_le_bytes()).collect();
+    let w = Matrix::new(Values::Fp8 { values: &values, scales: &scales }, 256, 1);
+    for isa in Isa::available() {
+        for tokens in [1, 4, 5, 17, 64] {
+            let mut out = vec![0.0; tokens * 256];
+            matmul(isa, &vec![1.0; tokens], &w, None, &mut out);
+            for (at, out) in out.iter().enumerate() {
+                let (code, scale) = (values[at % 256], [1.0, -0.037][at % 256 / 128]);
+                let want = reference::e4m3(code) * scale;
+                assert!(*out == want || out.is_nan() && want.is_nan(), "{isa:?} {tokens} {code:x}: {out}");
+            }
+        }
+    }
+}

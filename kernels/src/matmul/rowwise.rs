@@ -96,9 +96,13 @@ impl<D: Dots, C: Code> InnerWork<D> for FewRows<'_, C> {
                     let group = first + g;
                     let part = 16 / C::GROUPS * g;
                     let scale = rows.scales(d, row, group);
-                    let step = rows.stride;
-                    let ahead = Ahead { bytes: rows.bytes, at: ahead + at + part * step, step };
-                    let line = Group { dwords: &dwords[part..][..16 / C::GROUPS], scale, ahead };
+                    let line = Columns {
+                        dwords: &dwords[part..][..16 / C::GROUPS],
+                        scale,
+                        ahead: rows.bytes,
+                        at: ahead + at + part * rows.stride,
+                        step: rows.stride,
+                    };
                     let x = |t: usize| &x.row(t)[group * GROUP..];
                     match product.x.count() {
                         1 => few::<D, C, 1>(d, line, [x(0)], &mut sums),
@@ -410,22 +414,23 @@ impl<D: Dots, C: Code, const R: usize, const V: usize> InnerWork<D> for TokenTil
 }
 
 /// One group of a block of rows.
-struct Group<'a, D: Dots> {
+struct Columns<'a, D: Dots> {
     dwords: &'a [D::I],
     scale: D::F,
-    ahead: Ahead<'a>,
-}
-
-/// What is needed later: lines `step` bytes apart, the first at `at`.
-struct Ahead<'a> {
-    bytes: &'a [u8],
+    /// What is needed later: lines `step` bytes apart, the first at `at`.
+    ahead: &'a [u8],
     at: usize,
     step: usize,
 }
 
 /// Adds the products of a group with `T` rows of x. (Of columns that are not there, weights and x are zero.)
 #[inline(always)]
-fn few<D: Dots, C: Code, const T: usize>(d: D, group: Group<'_, D>, x: [&[f32]; T], acc: &mut [D::F; FEW]) {
+fn few<D: Dots, C: Code, const T: usize>(
+    d: D,
+    columns: Columns<'_, D>,
+    x: [&[f32]; T],
+    acc: &mut [D::F; FEW],
+) {
     let mut rest = [[0.0; GROUP]; T];
     let mut groups = [&[0.0; GROUP]; T];
     for ((group, rest), x) in groups.iter_mut().zip(&mut rest).zip(x) {
@@ -438,8 +443,8 @@ fn few<D: Dots, C: Code, const T: usize>(d: D, group: Group<'_, D>, x: [&[f32]; 
         };
     }
     let mut sums = [d.zero(); T];
-    for (k, dword) in group.dwords.iter().enumerate() {
-        d.prefetch(group.ahead.bytes, group.ahead.at + k * group.ahead.step);
+    for (k, dword) in columns.dwords.iter().enumerate() {
+        d.prefetch(columns.ahead, columns.at + k * columns.step);
         let values = C::values(d, *dword);
         for (j, value) in values.into_iter().enumerate().take(C::COLUMNS) {
             for (sum, x) in sums.iter_mut().zip(groups) {
@@ -449,6 +454,6 @@ fn few<D: Dots, C: Code, const T: usize>(d: D, group: Group<'_, D>, x: [&[f32]; 
         }
     }
     for (sum, acc) in sums.into_iter().zip(acc) {
-        *acc = C::join(d, *acc, sum, group.scale);
+        *acc = C::join(d, *acc, sum, columns.scale);
     }
 }
