@@ -82,7 +82,7 @@ pub fn identity(model: &Model, runner: &dyn Runner, cache_type: &str) -> [u8; 32
     };
     put(&REVISION.to_le_bytes());
     put(env!("CARGO_PKG_VERSION").as_bytes());
-    put(runner.name().as_bytes());
+    put(runner.arithmetic().as_bytes());
     put(model.numerics_label(runner.numerics()).as_bytes());
     put(cache_type.as_bytes());
     put(model.checkpoint.config().to_string().as_bytes());

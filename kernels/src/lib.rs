@@ -5,8 +5,9 @@
 //! (`reference.rs`), and three properties hold for all of them:
 //!
 //! * **One summation order.** The order in which an output is summed depends on its own inputs
-//!   only: never on the number of rows in the call, the number of threads, or the instruction set
-//!   chosen at start (see [`simd`]). A row gives the same bits alone or in a batch.
+//!   only: never on the number of rows in the call, the number of threads, or (but for products in
+//!   tile registers) the instruction set chosen at start (see [`simd`]). A row gives the same bits
+//!   alone or in a batch.
 //! * **No allocation.** Callers pass every buffer.
 //! * **f32 accumulation**, with weights dequantised exactly.
 

@@ -10,6 +10,7 @@
 pub(crate) mod rowwise;
 pub(crate) mod source;
 pub(crate) mod tile;
+pub(crate) mod tiled;
 pub(crate) mod transposed;
 
 use crate::format::{Matrix, Values};
@@ -20,6 +21,7 @@ use crate::team;
 use rowwise::RowProduct;
 pub(crate) use tile::Input;
 use tile::{Dequantise, Product};
+use tiled::TiledProduct;
 use transposed::Transposed;
 
 /// Multiply-adds below which a product stays on its thread.
@@ -235,11 +237,16 @@ pub(crate) fn product_serial(
     bias: Option<&[f32]>,
     mut out: RowsMut<'_>,
 ) {
+    if let (Values::Bf16(_), Some(x), Some(amx)) =
+        (w.values, x.packed.and_then(|packed| packed.planes()), isa.tiles())
+    {
+        return isa.run_dots(TiledProduct { amx, x, w, bias, out });
+    }
     if let Values::Bf16(_) | Values::Fp8 { .. } = w.values {
         let packed = x.packed.and_then(|packed| packed.columns());
         return isa.run_dots(RowProduct { x: x.rows, packed, w, bias, out });
     }
-    let Some(packed) = x.packed.filter(|packed| quantised::is_quantised(&w) && packed.columns().is_none())
+    let Some(packed) = x.packed.filter(|packed| quantised::is_quantised(&w) && packed.panel(0).is_some())
     else {
         return isa.run(Product { x: x.rows, w, bias, out });
     };

@@ -11,7 +11,8 @@
 //! The order holds for portable, AVX2 and AVX-512 code alike, for one row or many, for any number of
 //! threads, so all of them give the same bits. (Which NaN a NaN is stays open.) A weight is first
 //! dequantised to f32: its code, exact in f32, times its scale, rounded once. (Weights of bf16 and FP8
-//! have another order, `matmul::rowwise`, and so do products in whole numbers, [`crate::quantised`].)
+//! have another order, `matmul::rowwise`, and so do products in whole numbers, [`crate::quantised`], and those in tile
+//! registers, `matmul::tiled`, which only some processors have.)
 //!
 //! Where a matrix is stored `[in, out]` (`matmul_transposed`) and where attention sums values over
 //! positions, every output is one lane: a chain of fused multiply-adds, ascending.
@@ -24,6 +25,7 @@
 pub(crate) mod dots;
 mod math;
 mod portable;
+pub(crate) mod tiles;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -48,12 +50,15 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with VNNI: integer products in one instruction instead of two or three.
     Avx512Vnni,
+    /// AVX-512 with VNNI and the tiles of AMX: activations packed for bf16 weights are multiplied in tiles, with other last
+    /// bits than by the others (`matmul::tiled`).
+    Avx512Amx,
 }
 
 impl Isa {
     /// The best that this processor has.
     pub fn detect() -> Self {
-        [Self::Avx512Vnni, Self::Avx512, Self::Avx2]
+        [Self::Avx512Amx, Self::Avx512Vnni, Self::Avx512, Self::Avx2]
             .into_iter()
             .find(|isa| isa.present())
             .unwrap_or(Self::Portable)
@@ -61,7 +66,7 @@ impl Isa {
 
     /// All that this processor has, plainest first.
     pub fn available() -> Vec<Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni]
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Amx]
             .into_iter()
             .filter(|isa| isa.present())
             .collect()
@@ -76,9 +81,16 @@ impl Isa {
             Self::Avx512 => avx512::Avx512::new().is_some(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => dots::vnni_present(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Amx => dots::vnni_present() && tiles::Amx::new().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
+    }
+
+    /// The tiles of this instruction set, if it has such.
+    pub(crate) fn tiles(self) -> Option<tiles::Amx> {
+        (self == Self::Avx512Amx).then(|| tiles::Amx::new().expect("this processor has no AMX"))
     }
 
     /// Runs `work` with this instruction set.
@@ -92,7 +104,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::Avx2::new().expect("this processor has no AVX2").enter(work),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Vnni => {
+            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Amx => {
                 avx512::Avx512::new().expect("this processor has no AVX-512").enter(work)
             }
             #[cfg(not(target_arch = "x86_64"))]

@@ -13,10 +13,10 @@ pub enum Numerics {
     /// f32 throughout, weights dequantised exactly, cache in f32.
     Reference,
     /// At least the precision the model was published for: cache in bf16; activations in 16-bit whole numbers
-    /// with a scale per 32 values where weights have 4 or 8 bits ([`kernels::quantised`]: finer than bf16), in
-    /// f32 elsewhere.
+    /// with a scale per 32 values where weights have 4 or 8 bits ([`kernels::quantised`]: finer than bf16); as two
+    /// bf16 (16 bits) where dense weights are bf16 and the processor has AMX; in f32 elsewhere.
     Model,
-    /// Coarser, asked for by name (`--activations int8`): as `Model`, with 8 bits instead of 16.
+    /// Coarser, asked for by name (`--activations int8`): as `Model`, with 8 bits instead of 16, and one bf16.
     Int8Activations,
 }
 
@@ -82,6 +82,12 @@ impl Capacity {
 pub trait Runner: Send {
     /// `reference`, `cpu`, ...
     fn name(&self) -> &'static str;
+
+    /// What the bits of its results depend on besides model, numerics and batch: two runners that agree in this give the
+    /// same.
+    fn arithmetic(&self) -> &'static str {
+        self.name()
+    }
 
     /// What it runs.
     fn config(&self) -> &ModelConfig;

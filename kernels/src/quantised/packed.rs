@@ -4,6 +4,7 @@ use super::codes::{Code, Int4, Mxfp4, Q8, order};
 use crate::format::{GROUP, Matrix, Values};
 use crate::matmul::Input;
 use crate::matmul::rowwise::{FEW, columns_len, pack_columns};
+use crate::matmul::tiled::{self, Planes, Shape};
 use crate::rows::{Bands, Cut, RowsMut, for_each_part};
 use crate::simd::dots::{LINE, block};
 use crate::simd::{Isa, LANES, Lanes, Work};
@@ -28,6 +29,14 @@ impl Precision {
         match self {
             Self::Int16 => 16,
             Self::Int8 => 8,
+        }
+    }
+
+    /// Planes of bf16 that take the place of a value where bf16 weights are multiplied in tiles.
+    const fn planes(self) -> usize {
+        match self {
+            Self::Int16 => 2,
+            Self::Int8 => 1,
         }
     }
 
@@ -142,7 +151,7 @@ impl Activations {
         let columns = x.x.width();
         let data = self.data.slice(packing.row(columns) * x.count());
         pack_bands(isa, x, packing, bands, data);
-        Some(PackedRows { data, row: packing.row(columns), precision: self.precision })
+        Some(PackedRows { data, row: packing.row(columns), form: Form::Whole(packing.precision) })
     }
 
     /// Packs the rows of one product with `w`, if that has a use.
@@ -150,12 +159,19 @@ impl Activations {
         if !matches!(w.values, Values::Bf16(_) | Values::Fp8 { .. }) {
             return self.pack(isa, x, w, Bands::Every(PANEL));
         }
+        let width = x.x.width();
+        if let (Values::Bf16(_), Some(precision), Some(_)) = (w.values, self.precision, isa.tiles()) {
+            let shape = Shape::new(precision.planes(), x.count());
+            let data = self.data.slice(shape.len(x.count(), width));
+            tiled::pack(isa, x, shape, data);
+            return Some(PackedRows { data, row: shape.row(width), form: Form::Planes(shape) });
+        }
         if x.count() <= FEW {
             return None;
         }
-        let data = self.data.slice(columns_len(x.count(), x.x.width()));
+        let data = self.data.slice(columns_len(x.count(), width));
         pack_columns(isa, x, data);
-        Some(PackedRows { data, row: x.x.width().next_multiple_of(GROUP), precision: None })
+        Some(PackedRows { data, row: width.next_multiple_of(GROUP), form: Form::Columns })
     }
 }
 
@@ -165,8 +181,17 @@ pub(crate) struct PackedRows<'a> {
     data: &'a [u32],
     /// Dwords of a row.
     row: usize,
-    /// None: columns of f32 for weights of floats.
-    precision: Option<Precision>,
+    form: Form,
+}
+
+/// What rows are packed as.
+#[derive(Clone, Copy)]
+enum Form {
+    Whole(Precision),
+    /// Columns of f32 for weights of floats.
+    Columns,
+    /// Planes of bf16 for weights of bf16.
+    Planes(Shape),
 }
 
 impl<'a> PackedRows<'a> {
@@ -175,15 +200,21 @@ impl<'a> PackedRows<'a> {
         Self { data: &self.data[start * self.row..], ..*self }
     }
 
-    /// The first `rows` rows, one panel, in whole numbers; none if they are packed in f32.
+    /// The first `rows` rows, one panel, if they are packed in whole numbers.
     pub(crate) fn panel(&self, rows: usize) -> Option<Panel<'a>> {
-        let precision = self.precision?;
+        let Form::Whole(precision) = self.form else { return None };
         Some(Panel { data: &self.data[..rows * self.row], rows, precision })
     }
 
-    /// What [`pack_columns`] left; none if they are packed in whole numbers.
+    /// What [`pack_columns`] left, if that packed them.
     pub(crate) fn columns(&self) -> Option<&'a [u32]> {
-        self.precision.is_none().then_some(self.data)
+        matches!(self.form, Form::Columns).then_some(self.data)
+    }
+
+    /// What [`tiled::pack`] left, if that packed them.
+    pub(crate) fn planes(&self) -> Option<Planes<'a>> {
+        let Form::Planes(shape) = self.form else { return None };
+        Some(Planes { data: self.data, shape })
     }
 }
 

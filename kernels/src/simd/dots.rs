@@ -73,6 +73,8 @@ pub(crate) trait Dots: Copy {
     fn splat_f32(self, x: f32) -> Self::F;
     /// The same bits.
     fn as_f32(self, a: Self::I) -> Self::F;
+    /// The same bits.
+    fn bits(self, a: Self::F) -> Self::I;
     /// Nearest f32, ties to even.
     fn to_f32(self, a: Self::I) -> Self::F;
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -113,7 +115,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => super::avx512::Avx512::new().expect("this processor has no AVX-512").enter(work),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => avx512::Vnni::new().expect("this processor has no AVX-512 VNNI").enter(work),
+            Self::Avx512Vnni | Self::Avx512Amx => {
+                avx512::Vnni::new().expect("this processor has no AVX-512 VNNI").enter(work)
+            }
             #[cfg(not(target_arch = "x86_64"))]
             _ => panic!("{self:?} is not of this processor family"),
         }

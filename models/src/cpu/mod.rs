@@ -47,7 +47,7 @@ impl CpuRunner {
         Self::with_isa(model, numerics, capacity, Isa::detect())
     }
 
-    /// As [`CpuRunner::new`] with a given instruction set, for tests: all give the same bits.
+    /// As [`CpuRunner::new`] with a given instruction set, for tests: see [`Runner::arithmetic`].
     pub fn with_isa(model: Arc<Model>, numerics: Numerics, capacity: Capacity, isa: Isa) -> Self {
         let config = &model.config;
         let cache = KvCache::new(config, numerics, &capacity);
@@ -65,6 +65,13 @@ impl CpuRunner {
 impl Runner for CpuRunner {
     fn name(&self) -> &'static str {
         "cpu"
+    }
+
+    fn arithmetic(&self) -> &'static str {
+        match (self.isa, self.numerics) {
+            (Isa::Avx512Amx, Numerics::Model | Numerics::Int8Activations) => "cpu with tiles",
+            _ => "cpu",
+        }
     }
 
     fn config(&self) -> &ModelConfig {

@@ -226,6 +226,10 @@ impl Dots for Avx2 {
         both!(_mm256_castsi256_ps, a)
     }
     #[inline(always)]
+    fn bits(self, a: F) -> I {
+        both!(_mm256_castps_si256, a)
+    }
+    #[inline(always)]
     fn to_f32(self, a: I) -> F {
         both!(_mm256_cvtepi32_ps, a)
     }

@@ -184,6 +184,11 @@ macro_rules! shared_operations {
             unsafe { _mm512_castsi512_ps(a) }
         }
         #[inline(always)]
+        fn bits(self, a: __m512) -> __m512i {
+            // SAFETY: the token proves AVX-512.
+            unsafe { _mm512_castps_si512(a) }
+        }
+        #[inline(always)]
         fn to_f32(self, a: __m512i) -> __m512 {
             // SAFETY: the token proves AVX-512.
             unsafe { _mm512_cvtepi32_ps(a) }

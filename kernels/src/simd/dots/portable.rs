@@ -129,6 +129,10 @@ impl Dots for Portable {
         a.map(f32::from_bits)
     }
     #[inline(always)]
+    fn bits(self, a: F) -> I {
+        a.map(f32::to_bits)
+    }
+    #[inline(always)]
     fn to_f32(self, a: I) -> F {
         a.map(|a| a as i32 as f32)
     }
