@@ -31,8 +31,10 @@ pub enum Bound {
     CopyBandwidth,
     /// Operations on f32, fused.
     F32,
-    /// Products of bf16 summed in f32, by whatever instruction is fastest.
+    /// Products of bf16 summed in f32, by whatever vector instruction is fastest.
     Bf16,
+    /// The same in tile registers, if there are such.
+    Tiles,
     /// Products of 16-bit integers summed in 32 bits.
     Int16,
     /// Products of 8-bit integers summed in 32 bits.
@@ -41,11 +43,13 @@ pub enum Bound {
 
 impl Bound {
     /// The arithmetic ones.
-    pub const PEAKS: [Self; 4] = [Self::F32, Self::Bf16, Self::Int16, Self::Int8];
+    pub const PEAKS: [Self; 5] = [Self::F32, Self::Bf16, Self::Tiles, Self::Int16, Self::Int8];
 
     /// Whether `peak` is a way to compute with such values.
     fn takes(self, peak: &Peak) -> bool {
-        peak.bound == self || (self == Self::Bf16 && peak.bound == Self::F32)
+        peak.bound == self
+            || (matches!(self, Self::Bf16 | Self::Tiles) && peak.bound == Self::F32)
+            || (self == Self::Tiles && peak.bound == Self::Bf16)
     }
 
     /// The name in results.
@@ -55,6 +59,7 @@ impl Bound {
             Self::CopyBandwidth => "copy_bandwidth",
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::Tiles => "bf16_tiles",
             Self::Int16 => "int16",
             Self::Int8 => "int8",
         }
@@ -70,6 +75,8 @@ pub struct Ceilings {
     pub f32: f64,
     /// See [`Bound::Bf16`].
     pub bf16: f64,
+    /// See [`Bound::Tiles`].
+    pub tiles: f64,
     /// See [`Bound::Int16`].
     pub int16: f64,
     /// See [`Bound::Int8`].
@@ -84,6 +91,7 @@ impl Ceilings {
             Bound::ReadBandwidth | Bound::CopyBandwidth => self.read_bandwidth,
             Bound::F32 => self.f32,
             Bound::Bf16 => self.bf16,
+            Bound::Tiles => self.tiles,
             Bound::Int16 => self.int16,
             Bound::Int8 => self.int8,
         }
@@ -315,7 +323,8 @@ impl Yardstick {
             Some(Best { bound, peak, turns })
         });
         let best = best.collect();
-        let nothing = Ceilings { read_bandwidth: 0.0, f32: 0.0, bf16: 0.0, int16: 0.0, int8: 0.0 };
+        let nothing =
+            Ceilings { read_bandwidth: 0.0, f32: 0.0, bf16: 0.0, tiles: 0.0, int16: 0.0, int8: 0.0 };
         let mut yardstick =
             Self { buffer, window: bytes / 4, next: 0, reading: Reading::Stream(0), best, ceilings: nothing };
         let mut reads = Vec::new();
@@ -326,8 +335,8 @@ impl Yardstick {
         let (rate, reading) = reads.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).expect("there are some");
         yardstick.reading = reading;
         let peak = |bound| best_of(5, || yardstick.peak(bound));
-        let [f32, bf16, int16, int8] = Bound::PEAKS.map(peak);
-        yardstick.ceilings = Ceilings { read_bandwidth: rate, f32, bf16, int16, int8 };
+        let [f32, bf16, tiles, int16, int8] = Bound::PEAKS.map(peak);
+        yardstick.ceilings = Ceilings { read_bandwidth: rate, f32, bf16, tiles, int16, int8 };
         Ok(yardstick)
     }
 

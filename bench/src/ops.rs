@@ -40,7 +40,7 @@ struct Path {
     peak: Bound,
 }
 
-/// All of them. In integers only products with weights of few bits differ.
+/// All of them. In integers only products with weights of few bits differ, and in tiles those with bf16.
 const PATHS: [Path; 3] = [
     Path { numerics: Numerics::Reference, peak: Bound::F32 },
     Path { numerics: Numerics::Model, peak: Bound::Int16 },
@@ -86,6 +86,17 @@ impl<'a> Ops<'a> {
         &mut self,
         name: &str,
         work: Work,
+        call: impl FnMut(&Stored, Isa, usize) + Send,
+    ) -> Result<(), Error> {
+        self.time_against(self.path.peak, name, work, call)
+    }
+
+    /// [`Ops::time`] with another arithmetic ceiling than that of the path.
+    fn time_against(
+        &mut self,
+        peak: Bound,
+        name: &str,
+        work: Work,
         mut call: impl FnMut(&Stored, Isa, usize) + Send,
     ) -> Result<(), Error> {
         let (stored, isa, mut run) = (&self.stored, self.isa, 0);
@@ -102,8 +113,8 @@ impl<'a> Ops<'a> {
                 count >= 25 || slow || (quick && count >= 2) || sink.stopped()
             }
         };
-        let Ok(samples) = self.yardstick.beside(self.path.peak, once, enough);
-        let (times, work, share) = summary(&samples, self.path.peak);
+        let Ok(samples) = self.yardstick.beside(peak, once, enough);
+        let (times, work, share) = summary(&samples, peak);
         self.count += 1;
         Ok(self.sink.row(Row::new(name, times, work, Some(share), &self.setting))?)
     }

@@ -87,6 +87,8 @@ mod x86 {
     use std::arch::asm;
     use std::arch::is_x86_feature_detected as has;
 
+    use kernels::Isa;
+
     use super::{Bound, Peak};
 
     /// Bytes of one turn of the reading loops.
@@ -102,6 +104,9 @@ mod x86 {
         let avx2 = has!("avx2") && has!("fma");
         add(avx512, Bound::F32, "avx512", 2 * 16, f32_avx512 as fn(u64));
         add(avx512 && has!("avx512bf16"), Bound::Bf16, "avx512", 2 * 32, bf16_avx512);
+        // (The system must be asked for tiles, which [`Isa`] does.)
+        let tiles = Isa::available().contains(&Isa::Avx512Amx);
+        add(tiles, Bound::Tiles, "amx", 2 * 16 * 16 * 32, tiles_amx);
         add(avx512 && has!("avx512vnni"), Bound::Int16, "avx512", 2 * 32, int16_avx512);
         add(avx512 && has!("avx512vnni"), Bound::Int8, "avx512", 2 * 64, int8_avx512);
         add(avx2, Bound::F32, "avx2", 2 * 8, f32_avx2);
@@ -150,6 +155,44 @@ mod x86 {
                 }
             }
         };
+    }
+
+    /// Twelve products of full tiles a turn, in four tiles of sums.
+    fn tiles_amx(turns: u64) {
+        /// What `LDTILECFG` reads: palette 1, then from byte 16 the bytes of a row, and from byte 48 the rows, of each tile.
+        #[repr(align(64))]
+        struct Configuration([u8; 64]);
+        let mut configuration = Configuration([0; 64]);
+        configuration.0[0] = 1;
+        for tile in 0..8 {
+            configuration.0[16 + 2 * tile] = 64;
+            configuration.0[48 + tile] = 16;
+        }
+        if turns == 0 {
+            return;
+        }
+        // SAFETY: `add` hands this function out only where the processor has tiles. 64 bytes are read; tile registers
+        // are used by nothing else that is compiled.
+        unsafe {
+            asm!(
+                "ldtilecfg [{configuration}]",
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                "dec {turns}",
+                "jnz 2b",
+                "tilerelease",
+                configuration = in(reg) &raw const configuration,
+                turns = inout(reg) turns => _,
+                options(nostack, readonly),
+            );
+        }
     }
 
     /// Fills registers 12 and 13 from the lowest four bytes of the former.

@@ -7,11 +7,11 @@ use kernels::norm::rms_norm;
 use kernels::quantised::Activations;
 use kernels::rope::{Rotation, rotate};
 use kernels::route::{Normalise, RouterRule, Score, route};
-use kernels::{Rows, RowsMut};
+use kernels::{Isa, Rows, RowsMut};
 
 use super::weights::{FORMATS, Format, Stored, activations, cached};
 use super::{Ops, OpsOptions, PATHS};
-use crate::ceilings::Work;
+use crate::ceilings::{Bound, Work};
 use crate::cost::stored_bytes;
 use crate::seeded::Seeded;
 use crate::{Error, Sink};
@@ -102,9 +102,11 @@ fn products(ops: &mut Ops<'_>) -> Result<(), Error> {
     for &(shape, rows, cols) in shapes {
         for format in FORMATS {
             let precision = ops.path.numerics.precision();
-            if precision.is_some() && !format.is_quantised() {
+            let in_tiles = format == Format::Bf16 && ops.isa == Isa::Avx512Amx;
+            if precision.is_some() && !format.is_quantised() && !in_tiles {
                 continue;
             }
+            let peak = if in_tiles && precision.is_some() { Bound::Tiles } else { ops.path.peak };
             let bytes = stored_bytes(&ops.stored.matrix(format, (rows, cols), 0));
             for &tokens in rows_of(ops) {
                 let work = work(bytes, 2 * tokens * rows * cols);
@@ -112,7 +114,7 @@ fn products(ops: &mut Ops<'_>) -> Result<(), Error> {
                 if ops.wants(&name) {
                     let (x, mut out) = (activations(tokens * cols), vec![0.0; tokens * rows]);
                     let mut room = Activations::new(precision, tokens, cols);
-                    ops.time(&name, work, |stored, isa, run| {
+                    ops.time_against(peak, &name, work, |stored, isa, run| {
                         let w = stored.matrix(format, (rows, cols), run);
                         let (x, out) = (Rows::new(&x, cols), RowsMut::new(&mut out, rows));
                         matmul_with(isa, Some(&mut room), x, &w, None, out);
