@@ -64,7 +64,7 @@ impl StepOptions {
 pub fn arithmetic(numerics: Numerics) -> Bound {
     match numerics {
         Numerics::Reference => Bound::F32,
-        Numerics::Model => Bound::Bf16,
+        Numerics::Model => Bound::Tiles,
         Numerics::Int8Activations => Bound::Int8,
     }
 }

@@ -287,7 +287,7 @@ impl<D: Dots> InnerWork<D> for ManyTiles<'_> {
 }
 
 impl Some<'_> {
-    /// Weights are read from end to end, in place (the processor itself asks ahead in sixteen rows); sums stay in tiles.
+    /// Weights are read from end to end, in place; sums stay in tiles.
     #[inline(always)]
     fn few<D: Dots>(mut self, d: D, amx: Amx) {
         let mut sums = [SumTile::ZERO; FEW];
@@ -301,8 +301,8 @@ impl Some<'_> {
             if count == TILE && whole > 0 {
                 let w = WeightRows { bytes: &self.bytes[row * self.stride..], stride: self.stride };
                 match across {
-                    1 => tiles.multiply::<1, 1, true>(w, x, whole, (&mut sums, across)),
-                    _ => tiles.multiply::<1, 2, true>(w, x, whole, (&mut sums, across)),
+                    1 => tiles.multiply::<1, 1, true, true>(w, x, whole, (&mut sums, across)),
+                    _ => tiles.multiply::<1, 2, true, true>(w, x, whole, (&mut sums, across)),
                 }
                 if whole < self.steps {
                     self.rest(&tiles, (row, count), whole, &mut sums);
@@ -326,8 +326,8 @@ impl Some<'_> {
             let dwords = &self.x.data[step * across * self.x.shape.tile()..];
             let x = Columns { dwords, across };
             match across {
-                1 => tiles.multiply::<1, 1, false>(w, x, steps, (&mut *sums, across)),
-                _ => tiles.multiply::<1, 2, false>(w, x, steps, (&mut *sums, across)),
+                1 => tiles.multiply::<1, 1, false, false>(w, x, steps, (&mut *sums, across)),
+                _ => tiles.multiply::<1, 2, false, false>(w, x, steps, (&mut *sums, across)),
             }
         }
     }
@@ -390,8 +390,8 @@ impl Some<'_> {
                 let x = Columns { dwords: &x[(step * here + v) * shape.tile()..], across: here };
                 let sums = (&mut sums[before + v..], across);
                 match here - v {
-                    1 => tiles.multiply::<2, 1, FRESH>(w, x, steps, sums),
-                    _ => tiles.multiply::<2, 2, FRESH>(w, x, steps, sums),
+                    1 => tiles.multiply::<2, 1, FRESH, false>(w, x, steps, sums),
+                    _ => tiles.multiply::<2, 2, FRESH, false>(w, x, steps, sums),
                 }
             }
         }

@@ -138,12 +138,13 @@ mod amx {
 
         /// Adds to tile `b * across + v` of `sums`, `[weight row, column of 16]`, the products of block b of sixteen weight
         /// rows with tile v of x, over `steps` steps of 32 values, for `B` blocks and `V` tiles, each 1 or 2. If `FRESH`,
-        /// replaces sums. Only columns that there are change.
+        /// replaces sums. Only columns that there are change. With `AHEAD`, asks for the same values of the sixteen rows after
+        /// the first block.
         ///
         /// # Panics
         /// If there is less of anything.
         #[inline]
-        pub(crate) fn multiply<const B: usize, const V: usize, const FRESH: bool>(
+        pub(crate) fn multiply<const B: usize, const V: usize, const FRESH: bool, const AHEAD: bool>(
             &self,
             w: WeightRows<'_>,
             x: Columns<'_>,
@@ -160,10 +161,10 @@ mod amx {
             // Registers that change are given by value; tile registers are used by nothing else that is compiled, and
             // hold nothing from one of these blocks to the next.
             macro_rules! block {
-                ($load:expr, $more:expr, $store:expr) => {
+                ($load:expr, $more:expr, $store:expr, $ahead:expr) => {
                     // SAFETY: tiles are configured while `self` lives, and the assertions say that everything read and
                     // written is there: per step 64 bytes of 16 rows of each block and a tile of x, or two; of sums, tiles
-                    // of 16 rows of 64 bytes.
+                    // of 16 rows of 64 bytes. Asking for a line that is not there does nothing.
                     unsafe {
                         asm!(
                             "/* perhaps unused: {w2} {x2} {c2} */",
@@ -173,6 +174,7 @@ mod amx {
                             "tileloadd tmm4, [{w} + {stride}]",
                             "tdpbf16ps tmm0, tmm4, tmm6",
                             $more,
+                            $ahead,
                             "add {w}, 64",
                             "add {w2}, 64",
                             "add {x}, {step}",
@@ -192,33 +194,85 @@ mod amx {
                             c = in(reg) first_sums,
                             c2 = in(reg) first_sums.wrapping_add((B - 1) * across),
                             line = in(reg) 4 * TILE,
+                            next = inout(reg) w.bytes.as_ptr().wrapping_add(TILE * w.stride) => _,
+                            thrice = in(reg) 3 * w.stride,
                             options(nostack)
                         )
                     }
                 };
             }
-            macro_rules! fresh_or_not {
+            /// Asks for a line of each of four rows.
+            macro_rules! four {
+                () => {
+                    "prefetcht0 [{next}]\n\
+                     prefetcht0 [{next} + {stride}]\n\
+                     prefetcht0 [{next} + 2 * {stride}]\n\
+                     prefetcht0 [{next} + {thrice}]\n"
+                };
+            }
+            macro_rules! down {
+                () => {
+                    "lea {next}, [{next} + 4 * {stride}]\n"
+                };
+            }
+            macro_rules! sixteen {
+                () => {
+                    concat!(
+                        four!(),
+                        down!(),
+                        four!(),
+                        down!(),
+                        four!(),
+                        down!(),
+                        four!(),
+                        "sub {next}, {thrice}\nsub {next}, {thrice}\nsub {next}, {thrice}\nsub {next}, {thrice}\n",
+                        "add {next}, 64"
+                    )
+                };
+            }
+            macro_rules! each {
                 ($load:expr, $more:expr, $store:expr) => {
-                    if FRESH {
-                        block!("tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3", $more, $store)
-                    } else {
-                        block!(concat!("tileloadd tmm0, [{c} + {line}]\n", $load), $more, $store)
+                    match (FRESH, AHEAD) {
+                        (true, false) => block!(
+                            "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3",
+                            $more,
+                            $store,
+                            "/* {next} {thrice} */"
+                        ),
+                        (true, true) => block!(
+                            "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3",
+                            $more,
+                            $store,
+                            sixteen!()
+                        ),
+                        (false, false) => block!(
+                            concat!("tileloadd tmm0, [{c} + {line}]\n", $load),
+                            $more,
+                            $store,
+                            "/* {next} {thrice} */"
+                        ),
+                        (false, true) => block!(
+                            concat!("tileloadd tmm0, [{c} + {line}]\n", $load),
+                            $more,
+                            $store,
+                            sixteen!()
+                        ),
                     }
                 };
             }
             match (B, V) {
-                (1, 1) => fresh_or_not!("", "", ""),
-                (1, _) => fresh_or_not!(
+                (1, 1) => each!("", "", ""),
+                (1, _) => each!(
                     "tileloadd tmm1, [{c} + {line} + 1024]",
                     "tileloadd tmm7, [{x2} + {row}]\ntdpbf16ps tmm1, tmm4, tmm7",
                     "tilestored [{c} + {line} + 1024], tmm1"
                 ),
-                (_, 1) => fresh_or_not!(
+                (_, 1) => each!(
                     "tileloadd tmm2, [{c2} + {line}]",
                     "tileloadd tmm5, [{w2} + {stride}]\ntdpbf16ps tmm2, tmm5, tmm6",
                     "tilestored [{c2} + {line}], tmm2"
                 ),
-                _ => fresh_or_not!(
+                _ => each!(
                     "tileloadd tmm1, [{c} + {line} + 1024]\n\
                      tileloadd tmm2, [{c2} + {line}]\n\
                      tileloadd tmm3, [{c2} + {line} + 1024]",
@@ -263,7 +317,7 @@ mod none {
             Self(amx)
         }
 
-        pub(crate) fn multiply<const B: usize, const V: usize, const FRESH: bool>(
+        pub(crate) fn multiply<const B: usize, const V: usize, const FRESH: bool, const AHEAD: bool>(
             &self,
             _: WeightRows<'_>,
             _: Columns<'_>,
