@@ -6,7 +6,8 @@
 //!
 //! The ceilings are those of all threads of the current rayon pool together. `bf16` is the higher of the bf16
 //! instruction's and f32's, with which such products can be computed too: on some processors (Sapphire Rapids) the
-//! former is no faster.
+//! former is no faster. `bf16_tiles` is the higher of that and the tile registers', where there are such; two planes of bf16
+//! take two of its operations for one.
 
 mod command;
 mod instructions;

@@ -346,13 +346,11 @@ impl Some<'_> {
                 for row in (0..here).step_by(PAIR) {
                     let rows = (top + row, PAIR.min(here - row));
                     let w = self.copy(rows, (step, steps), &mut copied);
-                    // What is copied next.
-                    let next = if row + PAIR < here { (top + row + PAIR, step) } else { (top, step + DEPTH) };
                     let sums = &mut sums[row / TILE * across..];
                     if step == 0 {
-                        self.multiply::<D, true>(d, &tiles, w, (step, steps), next, sums);
+                        self.multiply::<true>(&tiles, w, (step, steps), sums);
                     } else {
-                        self.multiply::<D, false>(d, &tiles, w, (step, steps), next, sums);
+                        self.multiply::<false>(&tiles, w, (step, steps), sums);
                     }
                 }
             }
@@ -362,31 +360,20 @@ impl Some<'_> {
 
     /// Two tiles of weight rows, over some steps, with all columns of x.
     #[inline(always)]
-    fn multiply<D: Dots, const FRESH: bool>(
+    fn multiply<const FRESH: bool>(
         &self,
-        d: D,
         tiles: &Tiles,
         w: WeightRows<'_>,
         (step, steps): (usize, usize),
-        next: (usize, usize),
         sums: &mut [SumTile],
     ) {
         let shape = self.x.shape;
         let across = shape.tiles(self.tokens);
-        // Asked for between products, so that requests do not wait for one another.
-        let at_once = (PAIR * 2).div_ceil(across);
         for panel in 0..self.tokens.div_ceil(PANEL) {
             let before = panel * shape.tiles(PANEL);
             let x = &self.x.data[before * self.steps * shape.tile()..];
             let here = shape.tiles((self.tokens - panel * PANEL).min(PANEL));
             for v in (0..here).step_by(2) {
-                let asked = (before + v) / 2 * at_once;
-                for row in asked..PAIR.min(asked + at_once) {
-                    for line in 0..DEPTH {
-                        let at = (next.0 + row) * self.stride + (next.1 + line) * STEP;
-                        d.prefetch_second(self.bytes, at);
-                    }
-                }
                 let x = Columns { dwords: &x[(step * here + v) * shape.tile()..], across: here };
                 let sums = (&mut sums[before + v..], across);
                 match here - v {
@@ -397,7 +384,8 @@ impl Some<'_> {
         }
     }
 
-    /// Some rows and steps, side by side: rows that are far apart would take one another's place in the first cache.
+    /// Some rows and steps, side by side: rows that are far apart would take one another's place in the first cache. (Asking
+    /// for what is copied next, between products, gained nothing.)
     #[inline(always)]
     fn copy<'c>(
         &self,
