@@ -114,7 +114,7 @@ struct ModelArgs {
     /// How exact: f32 throughout, or the precision the model was published for [default: model]
     #[arg(long, value_enum)]
     numerics: Option<NumericsArg>,
-    /// Activations where weights have 4 or 8 bits: 8 bits instead of 16
+    /// Activations where weights have 4 or 8 bits: 8 bits instead of 16 (in tiles: one bf16 instead of two)
     #[arg(long, value_enum, conflicts_with = "numerics")]
     activations: Option<ActivationsArg>,
     /// Float weights outside the routed experts: in 8-bit copies

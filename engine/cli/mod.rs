@@ -70,8 +70,8 @@ struct ComputeArgs {
     /// How exact: f32 throughout, or the precision the model was published for [default: model]
     #[arg(long, value_enum)]
     numerics: Option<NumericsArg>,
-    /// Activations where weights have 4 or 8 bits: 8 bits instead of 16; faster, and coarser than the model was
-    /// published for
+    /// Activations where weights have 4 or 8 bits: 8 bits instead of 16 (and where tile registers multiply bf16: one bf16
+    /// instead of two); faster, and coarser than the model was published for
     #[arg(long, value_enum)]
     activations: Option<ActivationsArg>,
     /// Float weights of attention, dense and shared experts and the head: in 8-bit copies made at start; half
@@ -189,7 +189,10 @@ impl ComputeArgs {
         static SAID: std::sync::Once = std::sync::Once::new();
         SAID.call_once(|| {
             if self.activations.is_some() {
-                eprintln!("--activations int8: activations of 8 bits where weights have 4 or 8");
+                eprintln!(
+                    "--activations int8: activations of 8 bits where weights have 4 or 8, of bf16 where tiles \
+                     multiply bf16"
+                );
             }
             if self.dense_format.is_some() {
                 eprintln!("--dense-format q8: 8-bit copies of float weights");
