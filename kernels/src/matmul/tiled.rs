@@ -227,7 +227,7 @@ impl DotWork for TiledProduct<'_> {
         let at_once = MANY / x.shape.planes * TILE;
         for first in (0..out.count()).step_by(at_once) {
             let count = at_once.min(out.count() - first);
-            let some = Some {
+            let pass = Pass {
                 x: Planes { data: &x.data[first * x.shape.row(cols)..], ..x },
                 tokens: count,
                 steps: cols.div_ceil(GROUP),
@@ -238,16 +238,16 @@ impl DotWork for TiledProduct<'_> {
                 out: out.reborrow().slice(first, count),
             };
             if x.shape.tiles(count) <= FEW {
-                d.call(FewTiles(some, amx))
+                d.call(FewTiles(pass, amx))
             } else {
-                d.call(ManyTiles(some, amx))
+                d.call(ManyTiles(pass, amx))
             }
         }
     }
 }
 
-/// Some rows of x.
-struct Some<'a> {
+/// Rows of x that are multiplied with weights read once.
+struct Pass<'a> {
     x: Planes<'a>,
     tokens: usize,
     steps: usize,
@@ -268,7 +268,7 @@ impl Copied {
     const ZERO: Self = Self([0; PAIR * DEPTH * STEP]);
 }
 
-struct FewTiles<'a>(Some<'a>, Amx);
+struct FewTiles<'a>(Pass<'a>, Amx);
 
 impl<D: Dots> InnerWork<D> for FewTiles<'_> {
     #[inline(always)]
@@ -277,7 +277,7 @@ impl<D: Dots> InnerWork<D> for FewTiles<'_> {
     }
 }
 
-struct ManyTiles<'a>(Some<'a>, Amx);
+struct ManyTiles<'a>(Pass<'a>, Amx);
 
 impl<D: Dots> InnerWork<D> for ManyTiles<'_> {
     #[inline(always)]
@@ -286,7 +286,7 @@ impl<D: Dots> InnerWork<D> for ManyTiles<'_> {
     }
 }
 
-impl Some<'_> {
+impl Pass<'_> {
     /// Weights are read from end to end, in place; sums stay in tiles.
     #[inline(always)]
     fn few<D: Dots>(mut self, d: D, amx: Amx) {

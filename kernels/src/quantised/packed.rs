@@ -119,7 +119,7 @@ impl Aligned {
 
 impl Activations {
     /// Room for `rows` rows of up to `columns`; see [`Activations::bytes`]. Without a precision weights of few bits are
-    /// multiplied in f32 like all others.
+    /// multiplied in f32 like all others, and bf16 weights never in tiles.
     pub fn new(precision: Option<Precision>, rows: usize, columns: usize) -> Self {
         Self { precision, data: Aligned::new(packed_len(precision, rows, columns)) }
     }

@@ -47,6 +47,7 @@ mod amx {
     use super::{Columns, STEP, SumTile, TILE, WeightRows};
     use std::arch::asm;
     use std::arch::x86_64::__cpuid_count;
+    use std::cell::Cell;
     use std::marker::PhantomData;
     use std::sync::OnceLock;
 
@@ -119,7 +120,13 @@ mod amx {
         }
     }
 
-    /// The tile registers of this thread, for as long as it lives.
+    thread_local! {
+        /// Whether there are [`Tiles`] on this thread.
+        static TAKEN: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// The tile registers of this thread, for as long as it lives: there is one at a time, since the last configuration
+    /// counts for all.
     pub(crate) struct Tiles {
         columns: usize,
         // Tile registers are the thread's.
@@ -128,8 +135,12 @@ mod amx {
 
     impl Tiles {
         /// For tiles of x of `columns`, 1 to [`TILE`].
+        ///
+        /// # Panics
+        /// If this thread has others.
         pub(crate) fn new(_: Amx, columns: usize) -> Self {
             assert!((1..=TILE).contains(&columns), "a tile of {columns} columns");
+            assert!(!TAKEN.replace(true), "the tile registers are in use");
             let configuration = Configuration::new(columns);
             // SAFETY: the token proves AMX; 64 bytes are read.
             unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) };
@@ -162,7 +173,7 @@ mod amx {
             // hold nothing from one of these blocks to the next.
             macro_rules! block {
                 ($load:expr, $more:expr, $store:expr, $ahead:expr) => {
-                    // SAFETY: tiles are configured while `self` lives, and the assertions say that everything read and
+                    // SAFETY: tiles are configured as `self` says while it lives, which is alone, and the assertions say that everything read and
                     // written is there: per step 64 bytes of 16 rows of each block and a tile of x, or two; of sums, tiles
                     // of 16 rows of 64 bytes. Asking for a line that is not there does nothing.
                     unsafe {
@@ -230,33 +241,21 @@ mod amx {
                     )
                 };
             }
+            macro_rules! either {
+                ($load:expr, $more:expr, $store:expr) => {
+                    if AHEAD {
+                        block!($load, $more, $store, sixteen!())
+                    } else {
+                        block!($load, $more, $store, "/* {next} {thrice} */")
+                    }
+                };
+            }
             macro_rules! each {
                 ($load:expr, $more:expr, $store:expr) => {
-                    match (FRESH, AHEAD) {
-                        (true, false) => block!(
-                            "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3",
-                            $more,
-                            $store,
-                            "/* {next} {thrice} */"
-                        ),
-                        (true, true) => block!(
-                            "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3",
-                            $more,
-                            $store,
-                            sixteen!()
-                        ),
-                        (false, false) => block!(
-                            concat!("tileloadd tmm0, [{c} + {line}]\n", $load),
-                            $more,
-                            $store,
-                            "/* {next} {thrice} */"
-                        ),
-                        (false, true) => block!(
-                            concat!("tileloadd tmm0, [{c} + {line}]\n", $load),
-                            $more,
-                            $store,
-                            sixteen!()
-                        ),
+                    if FRESH {
+                        either!("tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3", $more, $store)
+                    } else {
+                        either!(concat!("tileloadd tmm0, [{c} + {line}]\n", $load), $more, $store)
                     }
                 };
             }
@@ -292,6 +291,7 @@ mod amx {
             // Tiles in use make every switch of threads save 8 KiB.
             // SAFETY: there were tiles, so there is AMX.
             unsafe { asm!("tilerelease", options(nomem, nostack)) };
+            TAKEN.set(false);
         }
     }
 }
