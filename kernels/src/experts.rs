@@ -94,6 +94,10 @@ impl ExpertFfn<'_> {
         }
     }
 
+    fn gate_up_transposed(&self) -> bool {
+        matches!(self.gate_up, GateUp::InterleavedTransposed(_))
+    }
+
     fn check(&self) {
         let (hidden, inter) = (self.hidden(), self.inter());
         if let GateUp::Separate { gate, up } = self.gate_up {

@@ -88,7 +88,7 @@ fn nothing_allocates_in_steady_state() {
         let x = random.values(tokens * hidden);
         let logits = random.values(experts);
         let mut out = vec![0.0; tokens * hidden];
-        let limits = DispatchLimits { tokens, top_k, experts, hidden, inter, precision };
+        let limits = DispatchLimits { tokens, top_k, experts, hidden, inter, precision, floats: false };
         let mut room = precision.map(|p| Activations::new(Some(p), tokens, hidden));
         let mut dispatch = Dispatch::new(limits);
         let mut scratch = vec![0.0; ffn_scratch_len(tokens, inter)];

@@ -239,7 +239,8 @@ fn run_case(
     ids: &(dyn Fn(usize) -> Vec<u32> + Sync),
 ) -> Result<(), Error> {
     let precision = ops.path.numerics.precision();
-    if !ops.wants(&row) || (precision.is_some() && !format.is_quantised()) {
+    let in_tiles = format == Format::Bf16 && ops.isa == Isa::Avx512Amx;
+    if !ops.wants(&row) || (precision.is_some() && !format.is_quantised() && !in_tiles) {
         return Ok(());
     }
     let Family { hidden, inter, experts, top_k, .. } = *family;
@@ -247,7 +248,9 @@ fn run_case(
     let tokens = pairs / top_k;
     let (x, mut out) = (activations(tokens * hidden), vec![0.0; tokens * hidden]);
     let gates = vec![1.0 / top_k as f32; pairs];
-    let mut dispatch = Dispatch::new(DispatchLimits { tokens, top_k, experts, hidden, inter, precision });
+    let floats = !format.is_quantised();
+    let limits = DispatchLimits { tokens, top_k, experts, hidden, inter, precision, floats };
+    let mut dispatch = Dispatch::new(limits);
     let bytes = 3 * stored_bytes(&ops.stored.matrix(format, (inter, hidden), 0));
     ops.time(&row, work(active * bytes, 6 * pairs * hidden * inter), |stored, isa, run| {
         let ids = ids(run);

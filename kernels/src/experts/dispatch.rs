@@ -2,6 +2,7 @@
 
 use super::gate_up::{BLOCK, GateUpProduct};
 use super::{ExpertFfn, down_part};
+use crate::format::{Matrix, Values};
 use crate::matmul::{self, Input, Operand};
 use crate::quantised::{Activations, PANEL, Precision, is_quantised};
 use crate::rows::{Bands, Cut, Rows, RowsMut, for_each_part, for_each_part_of_two};
@@ -20,8 +21,10 @@ pub struct DispatchLimits {
     pub hidden: usize,
     /// Greatest width between an expert's projections.
     pub inter: usize,
-    /// With which weights of 4 or 8 bits are multiplied in integers.
+    /// With which weights of 4 or 8 bits are multiplied in integers, and bf16 in tiles where the processor has them.
     pub precision: Option<Precision>,
+    /// Whether experts are stored in floats: then none is multiplied in integers, else none in tiles.
+    pub floats: bool,
 }
 
 impl DispatchLimits {
@@ -29,7 +32,8 @@ impl DispatchLimits {
     /// activated rows, 12 P for the lists, 12 per expert and 4; and packed activations.
     pub fn bytes(&self) -> usize {
         let pairs = self.tokens * self.top_k;
-        let packed = self.precision.map(|p| Activations::whole_bytes(p, pairs, self.hidden.max(self.inter)));
+        let widest = self.hidden.max(self.inter);
+        let packed = self.precision.map(|p| Activations::bytes_for_experts(p, self.floats, pairs, widest));
         4 * pairs * (self.hidden + self.inter) + 12 * pairs + 12 * self.experts + 4 + packed.unwrap_or(0)
     }
 }
@@ -72,7 +76,7 @@ impl Dispatch {
             outer: vec![0.0; pairs * limits.hidden],
             activations: limits
                 .precision
-                .map(|p| Activations::whole(p, pairs, limits.hidden.max(limits.inter))),
+                .map(|p| Activations::for_experts(p, limits.floats, pairs, limits.hidden.max(limits.inter))),
         }
     }
 
@@ -201,7 +205,9 @@ fn run_some<'w>(
     let (gate_up_work, down_work) = example.work();
     let mut activations = dispatch.activations.as_mut();
     // Which expert is the first must not matter: packed if any wants it, used by those that do.
-    let packing = |weight: fn(&ExpertFfn<'_>) -> bool| (0..active.len()).map(ffn).find(weight);
+    let packing = |weight: &dyn Fn(&ExpertFfn<'_>) -> bool| (0..active.len()).map(ffn).find(weight);
+    let floats = dispatch.limits.floats;
+    let packs = |w: &Matrix<'_>| if floats { matches!(w.values, Values::Bf16(_)) } else { is_quantised(w) };
 
     let x = Rows::new(routed.x, hidden);
     let tokens = &dispatch.tokens[..pairs];
@@ -211,7 +217,7 @@ fn run_some<'w>(
     let one = [0];
     let (picks, bands): (&[u32], _) =
         if x.count() == 1 { (&one, Bands::Every(1)) } else { (tokens, Bands::At(firsts)) };
-    let packed = packing(|ffn| is_quantised(ffn.first())).and_then(|example| {
+    let packed = packing(&|ffn| packs(ffn.first()) && !ffn.gate_up_transposed()).and_then(|example| {
         let x = Input { x, picks: Some(picks) };
         activations.as_deref_mut()?.pack(isa, x, example.first(), bands)
     });
@@ -261,7 +267,7 @@ fn run_some<'w>(
     let outer = &mut dispatch.outer[..pairs * hidden];
     let least = |ffn: &ExpertFfn<'_>| if ffn.down_transposed { matmul::MIN_COLUMNS } else { BLOCK };
     let cut = columns(down_work, hidden, least(&example));
-    let packed = packing(|ffn| is_quantised(&ffn.down) && !ffn.down_transposed)
+    let packed = packing(&|ffn| packs(&ffn.down) && !ffn.down_transposed)
         .and_then(|example| activations?.pack(isa, Input::all(inner), &example.down, Bands::At(firsts)));
     let shared_inner = Rows::new(shared_inner, shared_inter);
     let shared_x = shared_ffn

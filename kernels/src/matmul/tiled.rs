@@ -31,76 +31,87 @@ const ROWS: usize = 128;
 /// Rows of x that are packed one by one; more are transposed.
 const SINGLE: usize = 4;
 
-/// Rows of x in panels of [`PANEL`] rows: `[panel, step, block of sixteen rows, plane, pair, row]`. A dword is a pair of
-/// neighbouring values.
+/// Dwords that a tile may reach beyond the last row: it has sixteen columns where there are fewer rows.
+pub(crate) const REACH: usize = TILE - 1;
+
+/// Rows of x in panels of up to [`PANEL`] rows: `[panel, step, block of up to sixteen rows, plane, pair, row]`. A dword is a
+/// pair of neighbouring values.
 #[derive(Clone, Copy)]
 pub(crate) struct Planes<'a> {
+    /// With [`REACH`] dwords of anything after them.
     pub(crate) data: &'a [u32],
-    pub(crate) shape: Shape,
-}
-
-/// How rows of x are packed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Shape {
     /// Of a value.
-    planes: usize,
-    /// Rows of x in a tile: sixteen, or as many as there are.
-    columns: usize,
+    pub(crate) count: usize,
 }
 
-impl Shape {
-    pub(crate) fn new(planes: usize, rows: usize) -> Self {
-        Self { planes, columns: TILE.min(rows) }
-    }
-
-    /// Tiles of `rows` rows, at most a panel.
-    fn tiles(self, rows: usize) -> usize {
-        rows.div_ceil(TILE) * self.planes
-    }
-
-    /// Dwords of a tile.
-    fn tile(self) -> usize {
-        TILE * self.columns
-    }
-
-    /// Dwords of a row of `width` values in a whole panel.
-    pub(crate) fn row(self, width: usize) -> usize {
-        width.div_ceil(GROUP) * TILE * self.planes
-    }
-
-    /// Dwords that [`pack`] writes for `rows` rows of `width` values.
-    pub(crate) fn len(self, rows: usize, width: usize) -> usize {
-        let rest = width.div_ceil(GROUP) * self.tiles(rows % PANEL) * self.tile();
-        rows / PANEL * PANEL * self.row(width) + rest
+impl<'a> Planes<'a> {
+    /// Tiles from `v` on of a panel of `rows` rows, from step `step` on: one, or two whose columns are equally many.
+    fn tiles(&self, rows: usize, step: usize, v: usize) -> (usize, Columns<'a>) {
+        let (block, plane) = (v / self.count, v % self.count);
+        let columns = TILE.min(rows - block * TILE);
+        let len = rows * TILE * self.count;
+        let at = block * TILE * TILE * self.count + plane * TILE * columns;
+        let two = plane + 1 < self.count || rows >= (block + 2) * TILE;
+        let dwords = &self.data[step * len + at..];
+        (1 + usize::from(two), Columns { dwords, pair: columns, beside: TILE * columns, step: len })
     }
 }
 
-/// Packs rows of x.
-pub(crate) fn pack(isa: Isa, x: Input<'_>, shape: Shape, data: &mut [u32]) {
+/// Tiles of `rows` rows in `planes` planes.
+fn tiles(planes: usize, rows: usize) -> usize {
+    rows.div_ceil(TILE) * planes
+}
+
+/// Dwords of a packed row of `width` values in `planes` planes.
+pub(crate) fn row(planes: usize, width: usize) -> usize {
+    width.div_ceil(GROUP) * TILE * planes
+}
+
+/// Packs the rows of one product.
+pub(crate) fn pack(isa: Isa, x: Input<'_>, planes: usize, data: &mut [u32]) {
     let width = x.x.width();
     let steps = width.div_ceil(GROUP);
     let whole = x.count() / PANEL * PANEL;
-    let (panels, rest) = data[..shape.len(x.count(), width)].split_at_mut(whole * shape.row(width));
+    let row = row(planes, width);
+    let (panels, rest) = data[..x.count() * row].split_at_mut(whole * row);
     for (x, data) in [(x.slice(0, whole), panels), (x.slice(whole, x.count() - whole), rest)] {
         if data.is_empty() {
             continue;
         }
         let rows = x.count().min(PANEL);
-        let len = shape.tiles(rows) * shape.tile();
+        let len = rows * TILE * planes;
         // Some thousand values at a time.
         let cut = Cut::new(RowsMut::new(data, len), Bands::Every(8192usize.div_ceil(len)), len);
         for_each_part(cut, &|part| {
             let (first, out) = (part.first_row, part.rows.into_slice());
-            isa.run_dots(PackSteps { x, rows, shape, first, steps, len, out });
+            isa.run_dots(PackSteps { x, rows, planes, first, steps, len, out });
         });
     }
+}
+
+/// Packs rows, each band in panels of its own.
+pub(crate) fn pack_bands(isa: Isa, x: Input<'_>, planes: usize, bands: Bands<'_>, data: &mut [u32]) {
+    let width = x.x.width();
+    let (steps, row) = (width.div_ceil(GROUP), row(planes, width));
+    if row == 0 || x.count() == 0 {
+        return;
+    }
+    for_each_part(Cut::new(RowsMut::new(&mut data[..x.count() * row], row), bands, row), &|part| {
+        let (first, count) = (part.first_row, part.rows.count());
+        let out = part.rows.into_slice();
+        for (top, out) in (0..count).step_by(PANEL).zip(out.chunks_mut(PANEL * row)) {
+            let rows = PANEL.min(count - top);
+            let x = x.slice(first + top, rows);
+            isa.run_dots(PackSteps { x, rows, planes, first: 0, steps, len: rows * TILE * planes, out });
+        }
+    });
 }
 
 /// Some steps of panels of `rows` rows.
 struct PackSteps<'a> {
     x: Input<'a>,
     rows: usize,
-    shape: Shape,
+    planes: usize,
     /// The first, of `steps` of each panel.
     first: usize,
     steps: usize,
@@ -114,11 +125,11 @@ impl DotWork for PackSteps<'_> {
 
     #[inline(always)]
     fn run<D: Dots>(self, d: D) {
-        let Self { x, rows, shape, first, steps, len, out } = self;
+        let Self { x, rows, planes, first, steps, len, out } = self;
         let mut values = [[0.0; GROUP]; TILE];
         for (step, out) in (first..).zip(out.chunks_mut(len)) {
             let (top, column) = (step / steps * PANEL, step % steps * GROUP);
-            for (block, out) in out.chunks_mut(shape.planes * shape.tile()).enumerate() {
+            for (block, out) in out.chunks_mut(planes * TILE * TILE).enumerate() {
                 let count = TILE.min(rows - block * TILE);
                 for (t, values) in values.iter_mut().enumerate().take(count) {
                     let x = &x.row(top + block * TILE + t)[column..];
@@ -132,11 +143,10 @@ impl DotWork for PackSteps<'_> {
                 }
                 if count <= SINGLE {
                     for (t, values) in values.iter().enumerate().take(count) {
-                        single(d, values, shape, &mut out[t..]);
+                        single(d, values, (planes, count), &mut out[t..]);
                     }
                 } else {
-                    // (Of rows that are not there anything: no tile has columns for them, or no output.)
-                    together(d, &values, shape, out);
+                    together(d, &values, (planes, count), out);
                 }
             }
         }
@@ -145,41 +155,46 @@ impl DotWork for PackSteps<'_> {
 
 /// One row of x; its values in `out` are `columns` apart.
 #[inline(always)]
-fn single<D: Dots>(d: D, values: &[f32; GROUP], shape: Shape, out: &mut [u32]) {
+fn single<D: Dots>(d: D, values: &[f32; GROUP], (planes, columns): (usize, usize), out: &mut [u32]) {
     let halves = values.as_chunks::<TILE>().0;
     let mut left = [load(d, &halves[0]), load(d, &halves[1])];
-    for plane in 0..shape.planes {
+    for plane in 0..planes {
         let mut rounded = [[0.0; TILE]; 2];
         for (rounded, left) in rounded.iter_mut().zip(&mut left) {
             *rounded = d.store(take_nearest(d, left));
         }
-        let out = out[plane * shape.tile()..].iter_mut().step_by(shape.columns);
+        let out = out[plane * TILE * columns..].iter_mut().step_by(columns);
         for (out, [even, odd]) in out.zip(rounded.as_flattened().as_chunks::<2>().0) {
             *out = even.to_bits() >> 16 | odd.to_bits() & 0xFFFF_0000;
         }
     }
 }
 
-/// Sixteen rows of x, the last of them perhaps not there.
+/// `columns` rows of x; the others are not looked at.
 #[inline(always)]
-fn together<D: Dots>(d: D, values: &[[f32; GROUP]; TILE], shape: Shape, out: &mut [u32]) {
+fn together<D: Dots>(
+    d: D,
+    values: &[[f32; GROUP]; TILE],
+    (planes, columns): (usize, usize),
+    out: &mut [u32],
+) {
     for half in 0..2 {
         let mut part = [[0.0; TILE]; TILE];
         for (part, values) in part.iter_mut().zip(values) {
             part.copy_from_slice(&values[half * TILE..][..TILE]);
         }
-        let columns = d.transpose_f32(&part);
-        for (i, [even, odd]) in columns.as_chunks::<2>().0.iter().enumerate() {
+        let transposed = d.transpose_f32(&part);
+        for (i, [even, odd]) in transposed.as_chunks::<2>().0.iter().enumerate() {
             let mut left = [*even, *odd];
-            for plane in 0..shape.planes {
+            for plane in 0..planes {
                 let [even, odd] = &mut left;
                 let (even, odd) = (d.bits(take_nearest(d, even)), d.bits(take_nearest(d, odd)));
                 let pair = d.xor(d.shr::<16>(even), d.and(odd, d.splat(0xFFFF_0000)));
                 let pair = d.store(d.as_f32(pair)).map(f32::to_bits);
-                let out = &mut out[plane * shape.tile() + (half * TILE / 2 + i) * shape.columns..];
+                let out = &mut out[(plane * TILE + half * TILE / 2 + i) * columns..];
                 match out.first_chunk_mut::<TILE>() {
-                    Some(out) if shape.columns == TILE => *out = pair,
-                    _ => out[..shape.columns].copy_from_slice(&pair[..shape.columns]),
+                    Some(out) if columns == TILE => *out = pair,
+                    _ => out[..columns].copy_from_slice(&pair[..columns]),
                 }
             }
         }
@@ -224,11 +239,11 @@ impl DotWork for TiledProduct<'_> {
         assert!(bytes.len() >= (first_row + rows) * stride, "{rows} rows of {stride} bytes");
         let bytes = &bytes[first_row * stride..(first_row + rows) * stride];
         let Self { amx, x, bias, mut out, .. } = self;
-        let at_once = MANY / x.shape.planes * TILE;
+        let at_once = MANY / x.count * TILE;
         for first in (0..out.count()).step_by(at_once) {
             let count = at_once.min(out.count() - first);
             let pass = Pass {
-                x: Planes { data: &x.data[first * x.shape.row(cols)..], ..x },
+                x: Planes { data: &x.data[first * row(x.count, cols)..], ..x },
                 tokens: count,
                 steps: cols.div_ceil(GROUP),
                 bytes,
@@ -237,7 +252,7 @@ impl DotWork for TiledProduct<'_> {
                 bias,
                 out: out.reborrow().slice(first, count),
             };
-            if x.shape.tiles(count) <= FEW {
+            if tiles(x.count, count) <= FEW {
                 d.call(FewTiles(pass, amx))
             } else {
                 d.call(ManyTiles(pass, amx))
@@ -291,18 +306,22 @@ impl Pass<'_> {
     #[inline(always)]
     fn few<D: Dots>(mut self, d: D, amx: Amx) {
         let mut sums = [SumTile::ZERO; FEW];
-        let across = self.x.shape.tiles(self.tokens);
-        let tiles = Tiles::new(amx, self.x.shape.columns);
-        let x = Columns { dwords: self.x.data, across };
+        let across = tiles(self.x.count, self.tokens);
+        let tiles = Tiles::new(amx, TILE.min(self.tokens));
         // Without the last step, if it is not a whole one.
         let whole = self.stride / STEP;
         for row in (0..self.rows).step_by(TILE) {
             let count = TILE.min(self.rows - row);
             if count == TILE && whole > 0 {
                 let w = WeightRows { bytes: &self.bytes[row * self.stride..], stride: self.stride };
-                match across {
-                    1 => tiles.multiply::<1, 1, true, true>(w, x, whole, (&mut sums, across)),
-                    _ => tiles.multiply::<1, 2, true, true>(w, x, whole, (&mut sums, across)),
+                let mut v = 0;
+                while v < across {
+                    let (count, x) = self.x.tiles(self.tokens, 0, v);
+                    match count {
+                        1 => tiles.multiply::<1, 1, true, true>(w, x, whole, (&mut sums[v..], across)),
+                        _ => tiles.multiply::<1, 2, true, true>(w, x, whole, (&mut sums[v..], across)),
+                    }
+                    v += count;
                 }
                 if whole < self.steps {
                     self.rest(&tiles, (row, count), whole, &mut sums);
@@ -319,15 +338,18 @@ impl Pass<'_> {
     #[inline(never)]
     fn rest(&self, tiles: &Tiles, rows: (usize, usize), first: usize, sums: &mut [SumTile]) {
         let mut copied = Copied::ZERO;
-        let across = self.x.shape.tiles(self.tokens);
+        let across = self::tiles(self.x.count, self.tokens);
         for step in (first..self.steps).step_by(DEPTH) {
             let steps = DEPTH.min(self.steps - step);
             let w = self.copy(rows, (step, steps), &mut copied);
-            let dwords = &self.x.data[step * across * self.x.shape.tile()..];
-            let x = Columns { dwords, across };
-            match across {
-                1 => tiles.multiply::<1, 1, false, false>(w, x, steps, (&mut *sums, across)),
-                _ => tiles.multiply::<1, 2, false, false>(w, x, steps, (&mut *sums, across)),
+            let mut v = 0;
+            while v < across {
+                let (count, x) = self.x.tiles(self.tokens, step, v);
+                match count {
+                    1 => tiles.multiply::<1, 1, false, false>(w, x, steps, (&mut sums[v..], across)),
+                    _ => tiles.multiply::<1, 2, false, false>(w, x, steps, (&mut sums[v..], across)),
+                }
+                v += count;
             }
         }
     }
@@ -337,8 +359,8 @@ impl Pass<'_> {
     fn many<D: Dots>(mut self, d: D, amx: Amx) {
         let mut sums = [SumTile::ZERO; ROWS / TILE * MANY];
         let mut copied = Copied::ZERO;
-        let across = self.x.shape.tiles(self.tokens);
-        let tiles = Tiles::new(amx, self.x.shape.columns);
+        let across = tiles(self.x.count, self.tokens);
+        let tiles = Tiles::new(amx, TILE.min(self.tokens));
         for top in (0..self.rows).step_by(ROWS) {
             let here = ROWS.min(self.rows - top);
             for step in (0..self.steps).step_by(DEPTH) {
@@ -367,19 +389,21 @@ impl Pass<'_> {
         (step, steps): (usize, usize),
         sums: &mut [SumTile],
     ) {
-        let shape = self.x.shape;
-        let across = shape.tiles(self.tokens);
+        let planes = self.x.count;
+        let across = self::tiles(planes, self.tokens);
         for panel in 0..self.tokens.div_ceil(PANEL) {
-            let before = panel * shape.tiles(PANEL);
-            let x = &self.x.data[before * self.steps * shape.tile()..];
-            let here = shape.tiles((self.tokens - panel * PANEL).min(PANEL));
-            for v in (0..here).step_by(2) {
-                let x = Columns { dwords: &x[(step * here + v) * shape.tile()..], across: here };
+            let before = panel * self::tiles(planes, PANEL);
+            let rows = (self.tokens - panel * PANEL).min(PANEL);
+            let data = &self.x.data[panel * PANEL * self.steps * TILE * planes..];
+            let mut v = 0;
+            while v < self::tiles(planes, rows) {
+                let (count, x) = Planes { data, ..self.x }.tiles(rows, step, v);
                 let sums = (&mut sums[before + v..], across);
-                match here - v {
+                match count {
                     1 => tiles.multiply::<2, 1, FRESH, false>(w, x, steps, sums),
                     _ => tiles.multiply::<2, 2, FRESH, false>(w, x, steps, sums),
                 }
+                v += count;
             }
         }
     }
@@ -410,7 +434,7 @@ impl Pass<'_> {
     #[inline(always)]
     fn store<D: Dots>(&mut self, d: D, (row, count): (usize, usize), across: usize, sums: &[SumTile]) {
         for (first, sums) in (row..row + count).step_by(TILE).zip(sums.chunks_exact(across)) {
-            for (tokens, planes) in sums.chunks_exact(self.x.shape.planes).enumerate() {
+            for (tokens, planes) in sums.chunks_exact(self.x.count).enumerate() {
                 let mut sums = planes[0];
                 for plane in &planes[1..] {
                     for (sums, plane) in sums.0.iter_mut().zip(&plane.0) {

@@ -4,7 +4,7 @@ use super::codes::{Code, Int4, Mxfp4, Q8, order};
 use crate::format::{GROUP, Matrix, Values};
 use crate::matmul::Input;
 use crate::matmul::rowwise::{FEW, columns_len, pack_columns};
-use crate::matmul::tiled::{self, Planes, Shape};
+use crate::matmul::tiled::{self, Planes, REACH};
 use crate::rows::{Bands, Cut, RowsMut, for_each_part};
 use crate::simd::dots::{LINE, block};
 use crate::simd::{Isa, LANES, Lanes, Work};
@@ -83,7 +83,16 @@ impl Packing {
 /// Dwords that `rows` packed rows of `columns` take at most.
 fn packed_len(precision: Option<Precision>, rows: usize, columns: usize) -> usize {
     let whole = precision.map_or(0, |precision| whole_len(precision, rows, columns));
-    whole.max(columns_len(rows, columns))
+    let planes = precision.map_or(0, |precision| planes_len(precision, rows, columns));
+    whole.max(planes).max(columns_len(rows, columns))
+}
+
+fn planes_len(precision: Precision, rows: usize, columns: usize) -> usize {
+    rows * tiled::row(precision.planes(), columns)
+}
+
+fn experts_len(precision: Precision, floats: bool, rows: usize, columns: usize) -> usize {
+    if floats { planes_len(precision, rows, columns) } else { whole_len(precision, rows, columns) }
 }
 
 fn whole_len(precision: Precision, rows: usize, columns: usize) -> usize {
@@ -94,7 +103,16 @@ fn whole_len(precision: Precision, rows: usize, columns: usize) -> usize {
 #[derive(Debug)]
 pub struct Activations {
     precision: Option<Precision>,
+    room: Room,
     data: Aligned,
+}
+
+/// What rows may be packed as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Room {
+    Any,
+    Whole,
+    Planes,
 }
 
 /// Zeros from the beginning of a cache line on: reading across two is slower.
@@ -106,7 +124,7 @@ struct Aligned {
 
 impl Aligned {
     fn new(len: usize) -> Self {
-        let values = vec![0; len + SLACK];
+        let values = vec![0; len + SLACK + REACH];
         // (At most fifteen, save where the compiler cannot know: then any start will do.)
         let start = values.as_ptr().align_offset(LINE).min(SLACK);
         Self { values, start }
@@ -121,25 +139,28 @@ impl Activations {
     /// Room for `rows` rows of up to `columns`; see [`Activations::bytes`]. Without a precision weights of few bits are
     /// multiplied in f32 like all others, and bf16 weights never in tiles.
     pub fn new(precision: Option<Precision>, rows: usize, columns: usize) -> Self {
-        Self { precision, data: Aligned::new(packed_len(precision, rows, columns)) }
+        Self { precision, room: Room::Any, data: Aligned::new(packed_len(precision, rows, columns)) }
     }
 
-    /// Room for whole numbers alone, as routed experts need it; see [`Activations::whole_bytes`].
-    pub fn whole(precision: Precision, rows: usize, columns: usize) -> Self {
-        Self { precision: Some(precision), data: Aligned::new(whole_len(precision, rows, columns)) }
+    /// Room for routed experts; see [`Activations::bytes_for_experts`]. If they are stored in `floats`, for planes of bf16 alone,
+    /// else for whole numbers alone: so how an expert is multiplied does not depend on which others are beside it.
+    pub fn for_experts(precision: Precision, floats: bool, rows: usize, columns: usize) -> Self {
+        let room = if floats { Room::Planes } else { Room::Whole };
+        let data = Aligned::new(experts_len(precision, floats, rows, columns));
+        Self { precision: Some(precision), room, data }
     }
 
-    /// Bytes that [`Activations::whole`] allocates: 72 (or 40) for 32 values, and 60.
-    pub fn whole_bytes(precision: Precision, rows: usize, columns: usize) -> usize {
-        4 * (whole_len(precision, rows, columns) + SLACK)
+    /// Bytes that [`Activations::for_experts`] allocates: 72 (or 40) for 32 values, of floats 128 (or 64), and 120.
+    pub fn bytes_for_experts(precision: Precision, floats: bool, rows: usize, columns: usize) -> usize {
+        4 * (experts_len(precision, floats, rows, columns) + SLACK + REACH)
     }
 
-    /// Bytes that [`Activations::new`] allocates: 4 for every value, rows rounded up to sixteen, and 60.
+    /// Bytes that [`Activations::new`] allocates: 4 for every value, rows rounded up to sixteen, and 120.
     pub fn bytes(precision: Option<Precision>, rows: usize, columns: usize) -> usize {
-        4 * (packed_len(precision, rows, columns) + SLACK)
+        4 * (packed_len(precision, rows, columns) + SLACK + REACH)
     }
 
-    /// Packs `x` in whole numbers for weights like `w`, each band in panels of its own; none if that is not wanted.
+    /// Packs `x` for weights like `w`, each band in panels of its own; none if that has no use.
     pub(crate) fn pack(
         &mut self,
         isa: Isa,
@@ -147,8 +168,15 @@ impl Activations {
         w: &Matrix<'_>,
         bands: Bands<'_>,
     ) -> Option<PackedRows<'_>> {
-        let packing = Packing::of(w, self.precision?)?;
-        let columns = x.x.width();
+        let (precision, columns) = (self.precision?, x.x.width());
+        if self.room == Room::Planes {
+            let (Values::Bf16(_), Some(_)) = (w.values, isa.tiles()) else { return None };
+            let (count, row) = (precision.planes(), tiled::row(precision.planes(), columns));
+            let data = self.data.slice(x.count() * row + REACH);
+            tiled::pack_bands(isa, x, count, bands, data);
+            return Some(PackedRows { data, row, form: Form::Planes(count) });
+        }
+        let packing = Packing::of(w, precision)?;
         let data = self.data.slice(packing.row(columns) * x.count());
         pack_bands(isa, x, packing, bands, data);
         Some(PackedRows { data, row: packing.row(columns), form: Form::Whole(packing.precision) })
@@ -161,10 +189,10 @@ impl Activations {
         }
         let width = x.x.width();
         if let (Values::Bf16(_), Some(precision), Some(_)) = (w.values, self.precision, isa.tiles()) {
-            let shape = Shape::new(precision.planes(), x.count());
-            let data = self.data.slice(shape.len(x.count(), width));
-            tiled::pack(isa, x, shape, data);
-            return Some(PackedRows { data, row: shape.row(width), form: Form::Planes(shape) });
+            let (count, row) = (precision.planes(), tiled::row(precision.planes(), width));
+            let data = self.data.slice(x.count() * row + REACH);
+            tiled::pack(isa, x, count, data);
+            return Some(PackedRows { data, row, form: Form::Planes(count) });
         }
         if x.count() <= FEW {
             return None;
@@ -190,8 +218,8 @@ enum Form {
     Whole(Precision),
     /// Columns of f32 for weights of floats.
     Columns,
-    /// Planes of bf16 for weights of bf16.
-    Planes(Shape),
+    /// So many planes of bf16 for weights of bf16.
+    Planes(usize),
 }
 
 impl<'a> PackedRows<'a> {
@@ -213,8 +241,8 @@ impl<'a> PackedRows<'a> {
 
     /// What [`tiled::pack`] left, if that packed them.
     pub(crate) fn planes(&self) -> Option<Planes<'a>> {
-        let Form::Planes(shape) = self.form else { return None };
-        Some(Planes { data: self.data, shape })
+        let Form::Planes(count) = self.form else { return None };
+        Some(Planes { data: self.data, count })
     }
 }
 

@@ -19,13 +19,17 @@ pub(crate) struct WeightRows<'a> {
     pub(crate) stride: usize,
 }
 
-/// Tiles of x: dword `[step, place in `across`, pair, column]` is two neighbouring values of one column.
+/// Tiles of x: of each step one or two, `[pair, column]`, where a dword is two neighbouring values of one column.
 #[derive(Clone, Copy)]
 pub(crate) struct Columns<'a> {
     /// From the first tile of interest on.
     pub(crate) dwords: &'a [u32],
-    /// Tiles side by side.
-    pub(crate) across: usize,
+    /// Dwords from a pair to the next. If fewer than a tile has columns, the last columns are of no use.
+    pub(crate) pair: usize,
+    /// Dwords from a tile to the one beside it.
+    pub(crate) beside: usize,
+    /// Dwords from a step to the next.
+    pub(crate) step: usize,
 }
 
 /// Sums: of sixteen weight rows, each with up to sixteen columns of x.
@@ -162,11 +166,11 @@ mod amx {
             steps: usize,
             (sums, across): (&mut [SumTile], usize),
         ) {
-            assert!(V <= across && V <= x.across, "{V} tiles of {across} and {}", x.across);
+            assert!(V <= across, "{V} tiles of {across}");
             assert!(steps > 0, "no steps");
-            let tile = TILE * self.columns;
             assert!(w.bytes.len() >= (B * TILE - 1) * w.stride + steps * STEP, "weights of {steps} steps");
-            assert!(x.dwords.len() >= ((steps - 1) * x.across + V) * tile, "x of {steps} steps");
+            let last = (steps - 1) * x.step + (V - 1) * x.beside + (TILE - 1) * x.pair;
+            assert!(x.dwords.len() >= last + self.columns, "x of {steps} steps");
             assert!(sums.len() >= (B - 1) * across + V, "sums of {B} x {V} tiles");
             let first_sums = sums.as_mut_ptr();
             // Registers that change are given by value; tile registers are used by nothing else that is compiled, and
@@ -198,9 +202,9 @@ mod amx {
                             w2 = inout(reg) w.bytes.as_ptr().wrapping_add((B - 1) * TILE * w.stride) => _,
                             stride = in(reg) w.stride,
                             x = inout(reg) x.dwords.as_ptr() => _,
-                            x2 = inout(reg) x.dwords.as_ptr().wrapping_add(tile) => _,
-                            row = in(reg) 4 * self.columns,
-                            step = in(reg) 4 * x.across * tile,
+                            x2 = inout(reg) x.dwords.as_ptr().wrapping_add(x.beside) => _,
+                            row = in(reg) 4 * x.pair,
+                            step = in(reg) 4 * x.step,
                             count = inout(reg) steps => _,
                             c = in(reg) first_sums,
                             c2 = in(reg) first_sums.wrapping_add((B - 1) * across),

@@ -70,6 +70,7 @@ impl Sizes {
                     hidden: config.hidden,
                     inter: moe.intermediate,
                     precision: numerics.precision(),
+                    floats: !config.quantisation.is_some(),
                 }
             });
             let index = limits.map(|limits| {
