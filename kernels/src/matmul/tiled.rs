@@ -317,9 +317,10 @@ impl Pass<'_> {
                 let mut v = 0;
                 while v < across {
                     let (count, x) = self.x.tiles(self.tokens, 0, v);
+                    let (sums, next) = ((&mut sums[v..], across), (self.line(row + TILE, 0), self.stride));
                     match count {
-                        1 => tiles.multiply::<1, 1, true, true>(w, x, whole, (&mut sums[v..], across)),
-                        _ => tiles.multiply::<1, 2, true, true>(w, x, whole, (&mut sums[v..], across)),
+                        1 => tiles.multiply::<1, 1, true, true>(w, x, whole, sums, next),
+                        _ => tiles.multiply::<1, 2, true, true>(w, x, whole, sums, next),
                     }
                     v += count;
                 }
@@ -345,9 +346,10 @@ impl Pass<'_> {
             let mut v = 0;
             while v < across {
                 let (count, x) = self.x.tiles(self.tokens, step, v);
+                let (sums, next) = ((&mut sums[v..], across), (std::ptr::null(), 0));
                 match count {
-                    1 => tiles.multiply::<1, 1, false, false>(w, x, steps, (&mut sums[v..], across)),
-                    _ => tiles.multiply::<1, 2, false, false>(w, x, steps, (&mut sums[v..], across)),
+                    1 => tiles.multiply::<1, 1, false, false>(w, x, steps, sums, next),
+                    _ => tiles.multiply::<1, 2, false, false>(w, x, steps, sums, next),
                 }
                 v += count;
             }
@@ -369,10 +371,16 @@ impl Pass<'_> {
                     let rows = (top + row, PAIR.min(here - row));
                     let w = self.copy(rows, (step, steps), &mut copied);
                     let sums = &mut sums[row / TILE * across..];
+                    // What is copied next.
+                    let next = match (row + PAIR < here, step + DEPTH < self.steps) {
+                        (true, _) => self.line(top + row + PAIR, step),
+                        (false, true) => self.line(top, step + DEPTH),
+                        (false, false) => self.line(top + ROWS, 0),
+                    };
                     if step == 0 {
-                        self.multiply::<true>(&tiles, w, (step, steps), sums);
+                        self.multiply::<true>(&tiles, w, (step, steps), sums, next);
                     } else {
-                        self.multiply::<false>(&tiles, w, (step, steps), sums);
+                        self.multiply::<false>(&tiles, w, (step, steps), sums, next);
                     }
                 }
             }
@@ -388,7 +396,9 @@ impl Pass<'_> {
         w: WeightRows<'_>,
         (step, steps): (usize, usize),
         sums: &mut [SumTile],
+        mut next: *const u8,
     ) {
+        let mut asked = 0;
         let planes = self.x.count;
         let across = self::tiles(planes, self.tokens);
         for panel in 0..self.tokens.div_ceil(PANEL) {
@@ -399,13 +409,26 @@ impl Pass<'_> {
             while v < self::tiles(planes, rows) {
                 let (count, x) = Planes { data, ..self.x }.tiles(rows, step, v);
                 let sums = (&mut sums[before + v..], across);
-                match count {
-                    1 => tiles.multiply::<2, 1, FRESH, false>(w, x, steps, sums),
-                    _ => tiles.multiply::<2, 2, FRESH, false>(w, x, steps, sums),
+                match (count, asked < PAIR) {
+                    (1, true) => tiles.multiply::<2, 1, FRESH, true>(w, x, steps, sums, (next, self.stride)),
+                    (1, false) => {
+                        tiles.multiply::<2, 1, FRESH, false>(w, x, steps, sums, (next, self.stride))
+                    }
+                    (_, true) => tiles.multiply::<2, 2, FRESH, true>(w, x, steps, sums, (next, self.stride)),
+                    (_, false) => {
+                        tiles.multiply::<2, 2, FRESH, false>(w, x, steps, sums, (next, self.stride))
+                    }
                 }
+                next = next.wrapping_add(TILE * self.stride);
+                asked += TILE;
                 v += count;
             }
         }
+    }
+
+    /// Where step `step` of a row lies, if there is such a row.
+    fn line(&self, row: usize, step: usize) -> *const u8 {
+        self.bytes.as_ptr().wrapping_add(row * self.stride + step * STEP)
     }
 
     /// Some rows and steps, side by side: rows that are far apart would take one another's place in the first cache. (Asking

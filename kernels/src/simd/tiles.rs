@@ -9,6 +9,8 @@
 pub(crate) const TILE: usize = 16;
 /// Bytes of a weight row in one tile.
 const STEP: usize = 64;
+/// Bytes from one block of weight rows to the one it is multiplied together with.
+pub(crate) const BESIDE: usize = 16 * 1024;
 
 /// Weight rows as they are stored.
 #[derive(Clone, Copy)]
@@ -48,7 +50,7 @@ pub(crate) use none::{Amx, Tiles};
 
 #[cfg(target_arch = "x86_64")]
 mod amx {
-    use super::{Columns, STEP, SumTile, TILE, WeightRows};
+    use super::{BESIDE, Columns, STEP, SumTile, TILE, WeightRows};
     use std::arch::asm;
     use std::arch::x86_64::__cpuid_count;
     use std::cell::Cell;
@@ -153,8 +155,9 @@ mod amx {
 
         /// Adds to tile `b * across + v` of `sums`, `[weight row, column of 16]`, the products of block b of sixteen weight
         /// rows with tile v of x, over `steps` steps of 32 values, for `B` blocks and `V` tiles, each 1 or 2. If `FRESH`,
-        /// replaces sums. Only columns that there are change. With `AHEAD`, asks for the same values of the sixteen rows after
-        /// the first block.
+        /// replaces sums. Only columns that there are change. With `AHEAD`, asks for as many steps of sixteen rows at `next`,
+        /// of which nothing need be there: into the first cache for one block, into the second for two. Two blocks are
+        /// [`BESIDE`] bytes apart.
         ///
         /// # Panics
         /// If there is less of anything.
@@ -165,7 +168,9 @@ mod amx {
             x: Columns<'_>,
             steps: usize,
             (sums, across): (&mut [SumTile], usize),
+            (next, ahead): (*const u8, usize),
         ) {
+            assert!(B == 1 || w.stride * TILE == BESIDE, "blocks {} bytes apart", w.stride * TILE);
             assert!(V <= across, "{V} tiles of {across}");
             assert!(steps > 0, "no steps");
             assert!(w.bytes.len() >= (B * TILE - 1) * w.stride + steps * STEP, "weights of {steps} steps");
@@ -182,7 +187,7 @@ mod amx {
                     // of 16 rows of 64 bytes. Asking for a line that is not there does nothing.
                     unsafe {
                         asm!(
-                            "/* perhaps unused: {w2} {x2} {c2} */",
+                            "/* perhaps unused: {x2} {c2} {beside} */",
                             $load,
                             "2:",
                             "tileloadd tmm6, [{x} + {row}]",
@@ -191,7 +196,6 @@ mod amx {
                             $more,
                             $ahead,
                             "add {w}, 64",
-                            "add {w2}, 64",
                             "add {x}, {step}",
                             "add {x2}, {step}",
                             "dec {count}",
@@ -199,7 +203,6 @@ mod amx {
                             "tilestored [{c} + {line}], tmm0",
                             $store,
                             w = inout(reg) w.bytes.as_ptr() => _,
-                            w2 = inout(reg) w.bytes.as_ptr().wrapping_add((B - 1) * TILE * w.stride) => _,
                             stride = in(reg) w.stride,
                             x = inout(reg) x.dwords.as_ptr() => _,
                             x2 = inout(reg) x.dwords.as_ptr().wrapping_add(x.beside) => _,
@@ -209,8 +212,10 @@ mod amx {
                             c = in(reg) first_sums,
                             c2 = in(reg) first_sums.wrapping_add((B - 1) * across),
                             line = in(reg) 4 * TILE,
-                            next = inout(reg) w.bytes.as_ptr().wrapping_add(TILE * w.stride) => _,
-                            thrice = in(reg) 3 * w.stride,
+                            next = inout(reg) next => _,
+                            ahead = in(reg) ahead,
+                            thrice = in(reg) 3 * ahead,
+                            beside = const BESIDE,
                             options(nostack)
                         )
                     }
@@ -218,28 +223,34 @@ mod amx {
             }
             /// Asks for a line of each of four rows.
             macro_rules! four {
-                () => {
-                    "prefetcht0 [{next}]\n\
-                     prefetcht0 [{next} + {stride}]\n\
-                     prefetcht0 [{next} + 2 * {stride}]\n\
-                     prefetcht0 [{next} + {thrice}]\n"
+                ($ask:literal) => {
+                    concat!(
+                        $ask,
+                        " [{next}]\n",
+                        $ask,
+                        " [{next} + {ahead}]\n",
+                        $ask,
+                        " [{next} + 2 * {ahead}]\n",
+                        $ask,
+                        " [{next} + {thrice}]\n"
+                    )
                 };
             }
             macro_rules! down {
                 () => {
-                    "lea {next}, [{next} + 4 * {stride}]\n"
+                    "lea {next}, [{next} + 4 * {ahead}]\n"
                 };
             }
             macro_rules! sixteen {
-                () => {
+                ($ask:literal) => {
                     concat!(
-                        four!(),
+                        four!($ask),
                         down!(),
-                        four!(),
+                        four!($ask),
                         down!(),
-                        four!(),
+                        four!($ask),
                         down!(),
-                        four!(),
+                        four!($ask),
                         "sub {next}, {thrice}\nsub {next}, {thrice}\nsub {next}, {thrice}\nsub {next}, {thrice}\n",
                         "add {next}, 64"
                     )
@@ -247,10 +258,12 @@ mod amx {
             }
             macro_rules! either {
                 ($load:expr, $more:expr, $store:expr) => {
-                    if AHEAD {
-                        block!($load, $more, $store, sixteen!())
+                    if AHEAD && B == 1 {
+                        block!($load, $more, $store, sixteen!("prefetcht0"))
+                    } else if AHEAD {
+                        block!($load, $more, $store, sixteen!("prefetcht1"))
                     } else {
-                        block!($load, $more, $store, "/* {next} {thrice} */")
+                        block!($load, $more, $store, "/* {next} {ahead} {thrice} */")
                     }
                 };
             }
@@ -272,7 +285,7 @@ mod amx {
                 ),
                 (_, 1) => each!(
                     "tileloadd tmm2, [{c2} + {line}]",
-                    "tileloadd tmm5, [{w2} + {stride}]\ntdpbf16ps tmm2, tmm5, tmm6",
+                    "tileloadd tmm5, [{w} + {stride} + {beside}]\ntdpbf16ps tmm2, tmm5, tmm6",
                     "tilestored [{c2} + {line}], tmm2"
                 ),
                 _ => each!(
@@ -280,7 +293,7 @@ mod amx {
                      tileloadd tmm2, [{c2} + {line}]\n\
                      tileloadd tmm3, [{c2} + {line} + 1024]",
                     "tileloadd tmm7, [{x2} + {row}]\ntdpbf16ps tmm1, tmm4, tmm7\n\
-                     tileloadd tmm5, [{w2} + {stride}]\ntdpbf16ps tmm2, tmm5, tmm6\n\
+                     tileloadd tmm5, [{w} + {stride} + {beside}]\ntdpbf16ps tmm2, tmm5, tmm6\n\
                      tdpbf16ps tmm3, tmm5, tmm7",
                     "tilestored [{c} + {line} + 1024], tmm1\n\
                      tilestored [{c2} + {line}], tmm2\n\
@@ -327,6 +340,7 @@ mod none {
             _: Columns<'_>,
             _: usize,
             _: (&mut [SumTile], usize),
+            _: (*const u8, usize),
         ) {
             match self.0 {}
         }
