@@ -309,3 +309,45 @@ fn a_token_is_the_same_alone_and_among_many() {
         }
     }
 }
+
+/// Of two formats in one layer: how an expert is multiplied does not depend on which others are active.
+#[test]
+fn experts_of_two_formats_change_nothing_for_one_another() {
+    let mut random = Random(26);
+    let (isa, experts, hidden, inter, tokens) = (Isa::detect(), 6, 96, 64, 40);
+    // The first expert that is active is of either format.
+    let [mut int4, mut bf16] = [Format::Int4, Format::Bf16].map(|format| {
+        let expert = || Expert::random(&mut random, format, Layout::Separate, hidden, inter);
+        std::iter::repeat_with(expert).take(experts / 2).collect::<Vec<_>>()
+    });
+    let all: Vec<Expert> = [int4.pop(), bf16.pop(), bf16.pop(), int4.pop(), int4.pop(), bf16.pop()]
+        .into_iter()
+        .flatten()
+        .collect();
+    let x = random.values(tokens * hidden);
+    let ids: Vec<u32> = (0..tokens).map(|_| random.below(experts) as u32).collect();
+    for ((precision, _), floats) in PRECISIONS.into_iter().flat_map(|p| [(p, false), (p, true)]) {
+        let limits = DispatchLimits { tokens, top_k: 1, experts, hidden, inter, precision, floats };
+        let run = |x: &[f32], ids: &[u32]| {
+            let mut out = vec![f32::NAN; x.len()];
+            let routed = Routed { x, ids, weights: &vec![1.0; ids.len()] };
+            run_experts(
+                isa,
+                routed,
+                &|id| all[id as usize].ffn(),
+                None,
+                &mut Dispatch::new(limits),
+                &mut out,
+            );
+            bits(&out)
+        };
+        for first in [0, 1] {
+            let ids: Vec<u32> = ids.iter().map(|id| *id.max(&first)).collect();
+            let together = run(&x, &ids);
+            for (t, out) in together.chunks(hidden).enumerate() {
+                let alone = run(&x[t * hidden..][..hidden], &ids[t..=t]);
+                assert_eq!(out, alone, "{precision:?} floats {floats}, token {t} of expert {}", ids[t]);
+            }
+        }
+    }
+}
