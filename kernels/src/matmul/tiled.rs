@@ -13,7 +13,7 @@ use crate::quantised::PANEL;
 use crate::rows::{Bands, Cut, RowsMut, for_each_part};
 use crate::simd::Isa;
 use crate::simd::dots::{DotWork, Dots, InnerWork, block};
-use crate::simd::tiles::{Amx, Columns, SumTile, TILE, Tiles, WeightRows};
+use crate::simd::tiles::{Amx, BESIDE, Columns, SumTile, TILE, Tiles, WeightRows};
 
 /// Bytes of a weight row in a step of [`GROUP`] columns.
 const STEP: usize = 2 * GROUP;
@@ -46,7 +46,7 @@ pub(crate) struct Planes<'a> {
 
 impl<'a> Planes<'a> {
     /// Tiles from `v` on of a panel of `rows` rows, from step `step` on: one, or two whose columns are equally many.
-    fn tiles(&self, rows: usize, step: usize, v: usize) -> (usize, Columns<'a>) {
+    fn columns(&self, rows: usize, step: usize, v: usize) -> (usize, Columns<'a>) {
         let (block, plane) = (v / self.count, v % self.count);
         let columns = TILE.min(rows - block * TILE);
         let len = rows * TILE * self.count;
@@ -58,7 +58,7 @@ impl<'a> Planes<'a> {
 }
 
 /// Tiles of `rows` rows in `planes` planes.
-fn tiles(planes: usize, rows: usize) -> usize {
+fn tile_count(planes: usize, rows: usize) -> usize {
     rows.div_ceil(TILE) * planes
 }
 
@@ -84,7 +84,7 @@ pub(crate) fn pack(isa: Isa, x: Input<'_>, planes: usize, data: &mut [u32]) {
         let cut = Cut::new(RowsMut::new(data, len), Bands::Every(8192usize.div_ceil(len)), len);
         for_each_part(cut, &|part| {
             let (first, out) = (part.first_row, part.rows.into_slice());
-            isa.run_dots(PackSteps { x, rows, planes, first, steps, len, out });
+            isa.run_dots(PackSteps { x, rows, planes, first, steps, out });
         });
     }
 }
@@ -102,7 +102,7 @@ pub(crate) fn pack_bands(isa: Isa, x: Input<'_>, planes: usize, bands: Bands<'_>
         for (top, out) in (0..count).step_by(PANEL).zip(out.chunks_mut(PANEL * row)) {
             let rows = PANEL.min(count - top);
             let x = x.slice(first + top, rows);
-            isa.run_dots(PackSteps { x, rows, planes, first: 0, steps, len: rows * TILE * planes, out });
+            isa.run_dots(PackSteps { x, rows, planes, first: 0, steps, out });
         }
     });
 }
@@ -115,8 +115,6 @@ struct PackSteps<'a> {
     /// The first, of `steps` of each panel.
     first: usize,
     steps: usize,
-    /// Dwords of a step.
-    len: usize,
     out: &'a mut [u32],
 }
 
@@ -125,9 +123,9 @@ impl DotWork for PackSteps<'_> {
 
     #[inline(always)]
     fn run<D: Dots>(self, d: D) {
-        let Self { x, rows, planes, first, steps, len, out } = self;
+        let Self { x, rows, planes, first, steps, out } = self;
         let mut values = [[0.0; GROUP]; TILE];
-        for (step, out) in (first..).zip(out.chunks_mut(len)) {
+        for (step, out) in (first..).zip(out.chunks_mut(rows * TILE * planes)) {
             let (top, column) = (step / steps * PANEL, step % steps * GROUP);
             for (block, out) in out.chunks_mut(planes * TILE * TILE).enumerate() {
                 let count = TILE.min(rows - block * TILE);
@@ -252,7 +250,7 @@ impl DotWork for TiledProduct<'_> {
                 bias,
                 out: out.reborrow().slice(first, count),
             };
-            if tiles(x.count, count) <= FEW {
+            if tile_count(x.count, count) <= FEW {
                 d.call(FewTiles(pass, amx))
             } else {
                 d.call(ManyTiles(pass, amx))
@@ -278,6 +276,8 @@ struct Pass<'a> {
 /// of the speed.
 #[repr(align(64))]
 struct Copied([u8; PAIR * DEPTH * STEP]);
+
+const _: () = assert!(TILE * DEPTH * STEP == BESIDE, "the second tile of a pair");
 
 impl Copied {
     const ZERO: Self = Self([0; PAIR * DEPTH * STEP]);
@@ -306,7 +306,7 @@ impl Pass<'_> {
     #[inline(always)]
     fn few<D: Dots>(mut self, d: D, amx: Amx) {
         let mut sums = [SumTile::ZERO; FEW];
-        let across = tiles(self.x.count, self.tokens);
+        let across = tile_count(self.x.count, self.tokens);
         let tiles = Tiles::new(amx, TILE.min(self.tokens));
         // Without the last step, if it is not a whole one.
         let whole = self.stride / STEP;
@@ -316,7 +316,7 @@ impl Pass<'_> {
                 let w = WeightRows { bytes: &self.bytes[row * self.stride..], stride: self.stride };
                 let mut v = 0;
                 while v < across {
-                    let (count, x) = self.x.tiles(self.tokens, 0, v);
+                    let (count, x) = self.x.columns(self.tokens, 0, v);
                     let (sums, next) = ((&mut sums[v..], across), (self.line(row + TILE, 0), self.stride));
                     match count {
                         1 => tiles.multiply::<1, 1, true, true>(w, x, whole, sums, next),
@@ -339,13 +339,13 @@ impl Pass<'_> {
     #[inline(never)]
     fn rest(&self, tiles: &Tiles, rows: (usize, usize), first: usize, sums: &mut [SumTile]) {
         let mut copied = Copied::ZERO;
-        let across = self::tiles(self.x.count, self.tokens);
+        let across = tile_count(self.x.count, self.tokens);
         for step in (first..self.steps).step_by(DEPTH) {
             let steps = DEPTH.min(self.steps - step);
             let w = self.copy(rows, (step, steps), &mut copied);
             let mut v = 0;
             while v < across {
-                let (count, x) = self.x.tiles(self.tokens, step, v);
+                let (count, x) = self.x.columns(self.tokens, step, v);
                 let (sums, next) = ((&mut sums[v..], across), (std::ptr::null(), 0));
                 match count {
                     1 => tiles.multiply::<1, 1, false, false>(w, x, steps, sums, next),
@@ -361,7 +361,7 @@ impl Pass<'_> {
     fn many<D: Dots>(mut self, d: D, amx: Amx) {
         let mut sums = [SumTile::ZERO; ROWS / TILE * MANY];
         let mut copied = Copied::ZERO;
-        let across = tiles(self.x.count, self.tokens);
+        let across = tile_count(self.x.count, self.tokens);
         let tiles = Tiles::new(amx, TILE.min(self.tokens));
         for top in (0..self.rows).step_by(ROWS) {
             let here = ROWS.min(self.rows - top);
@@ -400,14 +400,14 @@ impl Pass<'_> {
     ) {
         let mut asked = 0;
         let planes = self.x.count;
-        let across = self::tiles(planes, self.tokens);
+        let across = tile_count(planes, self.tokens);
         for panel in 0..self.tokens.div_ceil(PANEL) {
-            let before = panel * self::tiles(planes, PANEL);
+            let before = panel * tile_count(planes, PANEL);
             let rows = (self.tokens - panel * PANEL).min(PANEL);
             let data = &self.x.data[panel * PANEL * self.steps * TILE * planes..];
             let mut v = 0;
-            while v < self::tiles(planes, rows) {
-                let (count, x) = Planes { data, ..self.x }.tiles(rows, step, v);
+            while v < tile_count(planes, rows) {
+                let (count, x) = Planes { data, ..self.x }.columns(rows, step, v);
                 let sums = (&mut sums[before + v..], across);
                 match (count, asked < PAIR) {
                     (1, true) => tiles.multiply::<2, 1, FRESH, true>(w, x, steps, sums, (next, self.stride)),
