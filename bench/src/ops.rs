@@ -18,7 +18,7 @@ pub use cases::measure;
 use crate::ceilings::{Bound, Work, Yardstick, summary, timed};
 use crate::row::{NO_MODEL, Row, Setting};
 use crate::{Error, Sink};
-use weights::Stored;
+use weights::{Format, Stored};
 
 /// What is measured.
 #[derive(Clone, Debug, Default)]
@@ -79,6 +79,15 @@ impl<'a> Ops<'a> {
     fn wants(&self, name: &str) -> bool {
         let filter = self.options.filter.as_deref();
         !self.sink.stopped() && filter.is_none_or(|filter| name.contains(filter))
+    }
+
+    /// The arithmetic ceiling of products with such weights; none if this path does with them what another one does.
+    fn peak(&self, format: Format) -> Option<Bound> {
+        match (self.path.numerics, format) {
+            (Numerics::Reference, _) => Some(self.path.peak),
+            (_, Format::Bf16) => (self.isa == Isa::Avx512Amx).then_some(Bound::Tiles),
+            _ => format.is_quantised().then_some(self.path.peak),
+        }
     }
 
     /// Times `call`, which gets the number of the run, and writes the row.

@@ -7,11 +7,11 @@ use kernels::norm::rms_norm;
 use kernels::quantised::Activations;
 use kernels::rope::{Rotation, rotate};
 use kernels::route::{Normalise, RouterRule, Score, route};
-use kernels::{Isa, Rows, RowsMut};
+use kernels::{Rows, RowsMut};
 
 use super::weights::{FORMATS, Format, Stored, activations, cached};
 use super::{Ops, OpsOptions, PATHS};
-use crate::ceilings::{Bound, Work};
+use crate::ceilings::Work;
 use crate::cost::stored_bytes;
 use crate::seeded::Seeded;
 use crate::{Error, Sink};
@@ -102,11 +102,7 @@ fn products(ops: &mut Ops<'_>) -> Result<(), Error> {
     for &(shape, rows, cols) in shapes {
         for format in FORMATS {
             let precision = ops.path.numerics.precision();
-            let in_tiles = format == Format::Bf16 && ops.isa == Isa::Avx512Amx;
-            if precision.is_some() && !format.is_quantised() && !in_tiles {
-                continue;
-            }
-            let peak = if in_tiles && precision.is_some() { Bound::Tiles } else { ops.path.peak };
+            let Some(peak) = ops.peak(format) else { continue };
             let bytes = stored_bytes(&ops.stored.matrix(format, (rows, cols), 0));
             for &tokens in rows_of(ops) {
                 let work = work(bytes, 2 * tokens * rows * cols);
@@ -239,10 +235,7 @@ fn run_case(
     ids: &(dyn Fn(usize) -> Vec<u32> + Sync),
 ) -> Result<(), Error> {
     let precision = ops.path.numerics.precision();
-    let in_tiles = format == Format::Bf16 && ops.isa == Isa::Avx512Amx;
-    if !ops.wants(&row) || (precision.is_some() && !format.is_quantised() && !in_tiles) {
-        return Ok(());
-    }
+    let Some(peak) = ops.peak(format).filter(|_| ops.wants(&row)) else { return Ok(()) };
     let Family { hidden, inter, experts, top_k, .. } = *family;
     let pairs = ids(0).len();
     let tokens = pairs / top_k;
@@ -252,7 +245,7 @@ fn run_case(
     let limits = DispatchLimits { tokens, top_k, experts, hidden, inter, precision, floats };
     let mut dispatch = Dispatch::new(limits);
     let bytes = 3 * stored_bytes(&ops.stored.matrix(format, (inter, hidden), 0));
-    ops.time(&row, work(active * bytes, 6 * pairs * hidden * inter), |stored, isa, run| {
+    ops.time_against(peak, &row, work(active * bytes, 6 * pairs * hidden * inter), |stored, isa, run| {
         let ids = ids(run);
         let lookup = |id: u32| expert(stored, family, format, id as usize);
         run_experts(
